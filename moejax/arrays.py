@@ -1,0 +1,151 @@
+"""The records that flow through a layer: context -> scores -> assignment (or plan) -> stats -> aux.
+
+All are frozen dataclasses registered as pytrees, so they cross `jit`, `vmap`, `scan` and `shard_map`.
+Axis letters: moejax/axes.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+Array = jax.Array
+
+
+def _record(*static: str):
+  """Class decorator: a frozen dataclass whose fields are pytree children, except the `static` ones."""
+
+  def register(cls):
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    data = [n for n in names if n not in static]
+    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+
+  return register
+
+
+@_record('train')
+class Context:
+  """What a router may look at besides `x`. Absent fields are None.
+
+  Attributes:
+    mask: bool `[B, S]`, True for real tokens; padding is neither routed nor counted.
+    token_ids: int `[B, S]`.
+    positions: int `[B, S]`.
+    rng: a PRNG key for noise and jitter.
+    train: whether noise, jitter and training capacities apply.
+  """
+
+  mask: Array | None = None
+  token_ids: Array | None = None
+  positions: Array | None = None
+  rng: Array | None = None
+  train: bool = False
+
+
+@_record()
+class Scores:
+  """What a router thinks of each (token, expert) pair; float32 or wider, all `[B, S, E]`.
+
+  Attributes:
+    logits: clean router logits; the z-loss is made of these.
+    select: what selection ranks (noise and balancing bias included).
+    gate: what the weights of chosen experts are made of.
+    probs: rows sum to one; what balance losses and entropies are made of.
+    load: probability that the expert stays selected when its noise is drawn again; None without noise.
+  """
+
+  logits: Array
+  select: Array
+  gate: Array
+  probs: Array
+  load: Array | None = None
+
+
+@_record('num_experts', 'groups')
+class Assignment:
+  """R rows of (token, expert, weight): every sparse method, token choice and expert choice alike.
+
+  Attributes:
+    token: int32 `[R]`, index into the T flattened tokens.
+    expert: int32 `[R]`; `num_experts` means that the row is dropped.
+    weight: float32 `[R]`, the combine weight; zero where dropped.
+    chosen: int32 `[R]`, the expert that was wanted before capacity; `num_experts` for padding.
+    num_experts: E.
+    groups: tokens and rows are cut in this many equal consecutive chunks, and the rows of a chunk refer
+      only to the tokens of the same chunk. `groups == T` means token-major rows (row r is of token
+      r // K), `groups == B` that no row leaves its sequence, 1 that rows may refer to any token.
+  """
+
+  token: Array
+  expert: Array
+  weight: Array
+  chosen: Array
+  num_experts: int
+  groups: int = 1
+
+
+@_record()
+class SoftPlan:
+  """Dense dispatch and combine tensors of the soft methods, both `[..., S, E, P]`.
+
+  Slot inputs are `einsum('bsep,bsd->bepd', dispatch, x)`, outputs `einsum('bsep,bepd->bsd', combine, ...)`.
+  """
+
+  dispatch: Array
+  combine: Array
+
+
+@_record()
+class RoutingStats:
+  """Sums over real tokens: the stats of two batches add up to the stats of the joined batch.
+
+  That is what makes balance losses exact under data parallelism and gradient accumulation: losses are
+  functions of these sums (moejax/moe/losses.py), and sums do not mind how the batch was cut.
+
+  Attributes:
+    tokens: scalar, number of real tokens.
+    chosen_e: `[E]`, rows that wanted the expert, before capacity.
+    kept_e: `[E]`, rows that the expert worked on.
+    prob_e: `[E]`, sum of `Scores.probs`.
+    weight_e: `[E]`, sum of the combine weights.
+    load_e: `[E]`, sum of `Scores.load`, or of the rows (no gradient) without noise.
+    z: scalar, sum of squared log-partition functions of the logits.
+    entropy: scalar, sum of the entropies of `Scores.probs`, in nats.
+    sequence_balance: scalar, sum over sequences of its real tokens times its balance loss.
+    unrouted: scalar, tokens that no expert worked on.
+  """
+
+  tokens: Array
+  chosen_e: Array
+  kept_e: Array
+  prob_e: Array
+  weight_e: Array
+  load_e: Array
+  z: Array
+  entropy: Array
+  sequence_balance: Array
+  unrouted: Array
+
+
+@_record()
+class Aux:
+  """What a layer returns beside `y`.
+
+  Attributes:
+    losses: name -> scalar, coefficient already applied: add them to the training loss.
+    metrics: name -> scalar or `[E]`.
+    stats: the sums that both are made of.
+  """
+
+  losses: dict[str, Array]
+  metrics: dict[str, Array]
+  stats: RoutingStats
+
+
+
+
+def replace(record, **changes):
+  """A copy of a record with some fields changed."""
+  return dataclasses.replace(record, **changes)

@@ -1,0 +1,1 @@
+"""Meshes, and where parameters and batches lie on them."""

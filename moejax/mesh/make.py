@@ -1,0 +1,40 @@
+"""One mesh for every strategy: axes `data`, `fsdp` and `expert`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ('data', 'fsdp', 'expert')
+"""Mesh axes; the batch is sharded over all of them, experts over the last, other weights over `fsdp`."""
+
+
+def make_mesh(
+  data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Sequence[jax.Device]
+) -> Mesh:
+  """A mesh of `data * fsdp * expert` devices.
+
+  Args:
+    data, fsdp, expert: sizes; one of them may be -1, what is left of the devices.
+    devices: the devices, in the order of the mesh.
+
+  Raises:
+    ValueError: sizes that do not fit the devices.
+  """
+  sizes = {'data': data, 'fsdp': fsdp, 'expert': expert}
+  given = {axis: size for axis, size in sizes.items() if size != -1}
+  for axis, size in given.items():
+    if size < 1:
+      raise ValueError(f'mesh.{axis}={size}: accepted are integers from 1, or -1 for the rest')
+  if len(given) < len(sizes) - 1:
+    raise ValueError(f'mesh {sizes}: only one axis may be -1')
+  product = math.prod(given.values())
+  rest = len(devices) // product
+  if product * (rest if len(given) < len(sizes) else 1) != len(devices):
+    text = ' * '.join(f'{axis}={size}' for axis, size in sizes.items())
+    raise ValueError(f'mesh {text} does not fit {len(devices)} devices')
+  shape = tuple(sizes[axis] if axis in given else rest for axis in AXES)
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))

@@ -1,0 +1,1 @@
+"""The layer and its parts; `moejax/__init__.py` names what is public."""

@@ -1,0 +1,60 @@
+"""Capacity: which rows an expert with a bounded buffer keeps, and in which order rows claim a place."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+PRIORITIES = ('token_major', 'choice_major', 'score', 'random')
+
+
+def capacity(num_tokens: int, num_experts: int, k: int, factor: float) -> int:
+  """`C = ceil(factor * k * tokens / experts)`, at least 1 and at most `num_tokens`."""
+  return min(num_tokens, max(1, math.ceil(factor * k * num_tokens / num_experts - 1e-9)))
+
+
+def rank_within_expert(expert_r: Int[Array, ' R'], num_experts: int) -> Int[Array, ' R']:
+  """How many earlier rows want the same expert: a stable sort instead of an `[R, E]` cumulative sum."""
+  order_r = jnp.argsort(expert_r, stable=True)
+  sizes = jnp.bincount(expert_r, length=num_experts + 1)
+  starts = jnp.cumsum(sizes) - sizes
+  rank_sorted_r = jnp.arange(expert_r.size, dtype=jnp.int32) - starts[expert_r[order_r]].astype(jnp.int32)
+  return jnp.zeros_like(rank_sorted_r).at[order_r].set(rank_sorted_r, unique_indices=True)
+
+
+def keep_within_capacity(
+  expert_tk: Int[Array, 'T K'],
+  num_experts: int,
+  limit: int,
+  priority: str,
+  order_t: Float[Array, ' T'] | None = None,
+) -> Bool[Array, 'T K']:
+  """Which of the choices of one routing group find a place.
+
+  Args:
+    expert_tk: wanted experts, `num_experts` where nothing is wanted (padding).
+    num_experts: E.
+    limit: C, rows an expert keeps.
+    priority: who claims first. 'token_major': in order of position, all choices of a token before the next
+      token (prefix-safe). 'choice_major': first choices of all tokens before any second choice (GShard,
+      V-MoE). 'score': tokens in order of falling `order_t`, choice-major within (batch-prioritised
+      routing, Riquelme et al. 2021, section 4.1). 'random': the same with a random `order_t`.
+    order_t: priority of a token; the larger, the earlier.
+  """
+  num_tokens, k = expert_tk.shape
+  if priority == 'token_major':
+    return (rank_within_expert(expert_tk.reshape(-1), num_experts) < limit).reshape(num_tokens, k)
+  if order_t is None:
+    permutation_t = jnp.arange(num_tokens)
+  else:
+    permutation_t = jnp.argsort(-order_t, stable=True)
+  queue_kt = expert_tk[permutation_t].T
+  keep_kt = (rank_within_expert(queue_kt.reshape(-1), num_experts) < limit).reshape(k, num_tokens)
+  return jnp.zeros((num_tokens, k), bool).at[permutation_t].set(keep_kt.T, unique_indices=True)
+
+
+keep_within_capacity_by_group = jax.vmap(keep_within_capacity, in_axes=(0, None, None, None, 0))
+"""`[G, T, K]` choices, `[G, T]` priorities (or None): every group has a buffer of its own."""

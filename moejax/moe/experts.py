@@ -1,0 +1,114 @@
+"""A bank of E feed-forward experts of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moejax.arrays import Assignment
+from pallas_kernels import expert_ffn, grouped_matmul
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  'gelu': jax.nn.gelu,
+  'relu': jax.nn.relu,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),
+  'silu': jax.nn.silu,
+}
+
+
+class Experts(nnx.Module):
+  """`act(x w_gate) * (x w_up)) w_down`, or `act(x w_up) w_down` when not gated; float32 master weights.
+
+  Args:
+    d_model: D.
+    d_ff: F.
+    num_experts: E.
+    activation: a name of `ACTIVATIONS`.
+    gated: gated linear unit (Shazeer 2020, "GLU variants improve transformer") or plain.
+    dtype: type of the computation.
+    out_scale: factor on the standard deviation of the initial output weights (0.1 helps stability: Switch,
+      section 2.4).
+    rngs: source of the initial weights, truncated normal with variance 1 / fan-in.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    d_ff: int,
+    num_experts: int,
+    *,
+    activation: str = 'silu',
+    gated: bool = True,
+    dtype=jnp.float32,
+    out_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    if activation not in ACTIVATIONS:
+      raise ValueError(f'activation={activation!r}: accepted are {", ".join(ACTIVATIONS)}')
+
+    def kernel(d_in: int, d_out: int, scale: float = 1.0) -> nnx.Param:
+      init = nnx.initializers.truncated_normal(scale * d_in**-0.5)
+      return nnx.Param(init(rngs.params(), (num_experts, d_in, d_out), jnp.float32))
+
+    self.w_gate = kernel(d_model, d_ff) if gated else None
+    self.w_up = kernel(d_model, d_ff)
+    self.w_down = kernel(d_ff, d_model, out_scale)
+    self.activation = activation
+    self.dtype = jnp.dtype(dtype)
+
+  @property
+  def num_experts(self) -> int:
+    """E, the experts held here (under `shard_map`, those of the shard)."""
+    return self.w_up.shape[0]
+
+  def weights(self) -> tuple[Array | None, Array, Array]:
+    """`(w_gate or None, w_up, w_down)` in the type of the computation."""
+    gate = None if self.w_gate is None else self.w_gate[...].astype(self.dtype)
+    return gate, self.w_up[...].astype(self.dtype), self.w_down[...].astype(self.dtype)
+
+  def __call__(
+    self, x_rd: Float[Array, 'R D'], group_sizes_e: Int[Array, ' E']
+  ) -> Float[Array, 'R D']:
+    """Rows sorted by expert; rows past the last group come out as zeros."""
+    w_gate, w_up, w_down = self.weights()
+    act = ACTIVATIONS[self.activation]
+    up_rf = grouped_matmul(x_rd.astype(self.dtype), w_up, group_sizes_e)
+    if w_gate is None:
+      h_rf = act(up_rf)
+    else:
+      h_rf = act(grouped_matmul(x_rd.astype(self.dtype), w_gate, group_sizes_e)) * up_rf
+    return grouped_matmul(h_rf, w_down, group_sizes_e)
+
+  def ffn(self, x_td: Float[Array, 'T D'], assignment: Assignment) -> Float[Array, 'T D']:
+    """Gather, experts and weighted combine in one operation."""
+    w_gate, w_up, w_down = self.weights()
+    return expert_ffn(
+      x_td.astype(self.dtype), assignment, w_gate, w_up, w_down, activation=self.activation
+    )
+
+  def slots(self, x_bepd: Float[Array, 'B E P D']) -> Float[Array, 'B E P D']:
+    """Every expert on its own slots: equal loads, so batched matmuls."""
+    w_gate, w_up, w_down = self.weights()
+    act = ACTIVATIONS[self.activation]
+    x_bepd = x_bepd.astype(self.dtype)
+    up_bepf = jnp.einsum('BEPD,EDF->BEPF', x_bepd, w_up)
+    if w_gate is None:
+      h_bepf = act(up_bepf)
+    else:
+      h_bepf = act(jnp.einsum('BEPD,EDF->BEPF', x_bepd, w_gate)) * up_bepf
+    return jnp.einsum('BEPF,EFD->BEPD', h_bepf, w_down)
+
+  def expert(self, index: int) -> Callable[[Array], Array]:
+    """One expert as a function `[..., D] -> [..., D]`: what the oracle loops over."""
+    w_gate, w_up, w_down = (None if w is None else w[index] for w in self.weights())
+    act = ACTIVATIONS[self.activation]
+
+    def apply(x: Array) -> Array:
+      x = x.astype(self.dtype)
+      return (act(x @ w_up) if w_gate is None else act(x @ w_gate) * (x @ w_up)) @ w_down
+
+    return apply

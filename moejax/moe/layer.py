@@ -1,0 +1,149 @@
+"""The mixture-of-experts layer: scores -> assignment -> dispatch -> exchange -> experts -> combine, losses beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moejax.arrays import Assignment, Aux, Context, SoftPlan
+from moejax.moe.dispatch import Dispatch, fused
+from moejax.moe.exchange import Exchange, single
+from moejax.moe.experts import Experts
+from moejax.moe.losses import check_losses, weighted_losses
+from moejax.moe.metrics import routing_metrics
+from moejax.moe.stats import routing_stats
+from moejax.routers import Router, make_router
+from moejax.routers.router import as_batch
+
+
+class MoE(nnx.Module):
+  """A mixture-of-experts layer.
+
+  Args:
+    d_model: D.
+    d_ff: F, hidden width of an expert at granularity 1.
+    num_experts: E at granularity 1.
+    router: a short name, a mapping `{'name': ..., **options}`, or a `Router` of `granularity * num_experts`.
+    granularity: G. Makes `G * num_experts` experts of `d_ff / G` and multiplies the active experts of a router
+      given by name (`k`, or `capacity_factor` of expert choice; 1 where not given) by G: parameters and work
+      stay the same (Krajewski et al. 2024, section 3).
+    num_shared: so many experts of the same width work on every token with weight one (DeepSeekMoE, Dai et al.
+      2024, section 3.2); they are fused into one.
+    activation, gated: see `Experts`.
+    losses: name -> coefficient, names of `moejax.moe.losses.LOSSES`.
+    dispatch: `fused`, `sorted_rows` or `einsum` of moejax/moe/dispatch.py.
+    exchange: `single`, or a `Local` or `AllGather` of moejax/moe/exchange.py.
+    dtype: type of the experts' computation; router, softmax, losses and master weights are float32 always.
+    output_norm: RMS normalisation of the output (a learnt scale).
+    out_scale: see `Experts`.
+    rngs: source of the initial parameters.
+
+  Raises:
+    ValueError: a size or option out of its range.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    d_ff: int,
+    num_experts: int,
+    router: str | Mapping[str, Any] | Router = 'top_k',
+    *,
+    granularity: int = 1,
+    num_shared: int = 0,
+    activation: str = 'silu',
+    gated: bool = True,
+    losses: Mapping[str, float] | None = None,
+    dispatch: Dispatch = fused,
+    exchange: Exchange = single,
+    dtype=jnp.float32,
+    output_norm: bool = False,
+    out_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    sizes = {'d_model': d_model, 'd_ff': d_ff, 'num_experts': num_experts, 'granularity': granularity}
+    for key, value in sizes.items():
+      if value < 1:
+        raise ValueError(f'{key}={value}: accepted are integers from 1')
+    if num_shared < 0:
+      raise ValueError(f'num_shared={num_shared}: accepted are integers from 0')
+    if d_ff % granularity:
+      raise ValueError(f'granularity={granularity} does not divide d_ff={d_ff}')
+    num_experts, d_ff = num_experts * granularity, d_ff // granularity
+    if not isinstance(router, Router):
+      router = _make_router(router, granularity, d_model=d_model, num_experts=num_experts, rngs=rngs)
+    if router.num_experts != num_experts:
+      raise ValueError(f'router of {router.num_experts} experts in a layer of {num_experts}')
+    losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
+    check_losses(losses)
+    bank = {'activation': activation, 'gated': gated, 'dtype': dtype, 'out_scale': out_scale}
+    self.router = router
+    self.experts = Experts(d_model, d_ff, num_experts, **bank, rngs=rngs)
+    self.shared = Experts(d_model, num_shared * d_ff, 1, **bank, rngs=rngs) if num_shared else None
+    self.output_scale = nnx.Param(jnp.ones(d_model, jnp.float32)) if output_norm else None
+    self.losses = tuple(sorted(losses.items()))
+    self.dispatch = dispatch
+    self.exchange = exchange
+
+  def __call__(
+    self, x: Float[Array, '*batch S D'], context: Context | None = None
+  ) -> tuple[Float[Array, '*batch S D'], Aux]:
+    """Routes `x` through the experts.
+
+    Args:
+      x: tokens, one or more sequences.
+      context: what else the router may look at; its arrays have the leading shape of `x`.
+
+    Returns:
+      The weighted outputs, zero for padding, and `Aux`.
+    """
+    x_bsd, context = as_batch(x, context)
+    if context.mask is not None:
+      x_bsd = jnp.where(context.mask[..., None], x_bsd, 0)  # whatever padding holds, it goes nowhere
+    scores, plan = self.router.route(x_bsd, context)
+    y_bsd = self._mix(x_bsd, plan) if isinstance(plan, SoftPlan) else self._send(x_bsd, plan)
+    if self.shared is not None:
+      y_bsd = y_bsd + self.shared.slots(x_bsd[:, None])[:, 0]
+    if self.output_scale is not None:
+      y_bsd = _rms_norm(y_bsd, self.output_scale[...])
+    if context.mask is not None:
+      y_bsd = jnp.where(context.mask[..., None], y_bsd, 0)
+    stats = routing_stats(scores, plan, context)
+    aux = Aux(weighted_losses(stats, dict(self.losses)), routing_metrics(stats), stats)
+    return y_bsd.astype(x.dtype).reshape(x.shape), aux
+
+  def _send(self, x_bsd: Array, assignment: Assignment) -> Array:
+    x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+    y_td = self.exchange(x_td, assignment, self.experts, self.dispatch)
+    return y_td.reshape(x_bsd.shape)
+
+  def _mix(self, x_bsd: Array, plan: SoftPlan) -> Array:
+    """Slots instead of rows: einsums that the compiler shards, whatever the exchange."""
+    dispatch, combine = (p.astype(self.experts.dtype) for p in (plan.dispatch, plan.combine))
+    x_bsd = x_bsd.astype(self.experts.dtype)
+    slots_bepd = jnp.einsum('BSEP,BSD->BEPD', dispatch, x_bsd)
+    return jnp.einsum('BSEP,BEPD->BSD', combine, self.experts.slots(slots_bepd))
+
+
+def _make_router(router: str | Mapping[str, Any], granularity: int, **sizes) -> Router:
+  options = {'name': router} if isinstance(router, str) else dict(router)
+  name = options.pop('name')
+  if granularity > 1 and name == 'top_k':
+    options['k'] = options.get('k', 1) * granularity
+  elif granularity > 1 and name == 'expert_choice':
+    options['capacity_factor'] = options.get('capacity_factor', 1) * granularity
+  elif granularity > 1 and name in ('switch', 'gshard'):
+    raise ValueError(f'granularity={granularity} with router {name!r}: its k is fixed; accepted is top_k')
+  return make_router(name, **sizes, **options)
+
+
+def _rms_norm(x: Array, scale_d: Array) -> Array:
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  mean_square = jnp.mean(wide * wide, -1, keepdims=True)
+  normal = wide * jax.lax.rsqrt(mean_square + jnp.asarray(1e-6, wide.dtype))
+  return (normal * scale_d.astype(wide.dtype)[None, None]).astype(x.dtype)

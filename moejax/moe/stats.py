@@ -1,0 +1,62 @@
+"""Routing statistics: scores and an assignment (or soft plan) -> `RoutingStats`, sums over real tokens."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import entr
+from jaxtyping import Array
+
+from moejax.arrays import Assignment, Context, RoutingStats, Scores, SoftPlan
+
+
+def routing_stats(scores: Scores, plan: Assignment | SoftPlan, context: Context) -> RoutingStats:
+  """Sums over the real tokens of one call. Gradients flow through `prob_e`, `load_e`, `z`, `entropy` and the
+  probabilities of `sequence_balance`; counts have none."""
+  mask_bs = jnp.ones(scores.probs.shape[:2], bool) if context.mask is None else context.mask
+  probs_bse = jnp.where(mask_bs[..., None], scores.probs, 0)
+  if isinstance(plan, Assignment):
+    chosen_be, kept_e, weight_e, unrouted = _count_rows(plan, mask_bs, probs_bse.dtype)
+  else:
+    chosen_be = jax.lax.stop_gradient(plan.combine.sum((1, 3)))
+    kept_e = weight_e = chosen_be.sum(0)
+    unrouted = jnp.zeros((), probs_bse.dtype)
+  load_bse = scores.load
+  partition_bs = jax.nn.logsumexp(scores.logits, -1)
+  return RoutingStats(
+    tokens=mask_bs.sum(dtype=probs_bse.dtype),
+    chosen_e=chosen_be.sum(0),
+    kept_e=kept_e,
+    prob_e=probs_bse.sum((0, 1)),
+    weight_e=weight_e,
+    load_e=chosen_be.sum(0)
+    if load_bse is None
+    else jnp.where(mask_bs[..., None], load_bse, 0).sum((0, 1)),
+    z=jnp.where(mask_bs, partition_bs**2, 0).sum(),
+    entropy=entr(probs_bse).sum(),
+    sequence_balance=_sequence_balance(chosen_be, probs_bse.sum(1), mask_bs),
+    unrouted=unrouted,
+  )
+
+
+def _count_rows(plan: Assignment, mask_bs: Array, dtype) -> tuple[Array, Array, Array, Array]:
+  """Rows that wanted each expert, by sequence; rows and weight each expert got; tokens that got none."""
+  num_sequences, num_positions = mask_bs.shape
+  bins = plan.num_experts + 1  # the last one takes the dropped rows
+  kept_r = plan.expert < plan.num_experts
+  slot_r = plan.token // num_positions * bins + plan.chosen
+  chosen_be = jnp.bincount(slot_r, length=num_sequences * bins).reshape(num_sequences, bins)[:, :-1]
+  kept_e = jnp.bincount(plan.expert, length=bins)[:-1]
+  weight_r = jax.lax.stop_gradient(plan.weight).astype(dtype)
+  weight_e = jax.ops.segment_sum(weight_r, plan.expert, bins)[:-1]
+  routed_t = jnp.zeros(mask_bs.size, bool).at[plan.token].max(kept_r)
+  unrouted = (mask_bs.reshape(-1) & ~routed_t).sum(dtype=dtype)
+  return chosen_be.astype(dtype), kept_e.astype(dtype), weight_e, unrouted
+
+
+def _sequence_balance(chosen_be: Array, prob_be: Array, mask_bs: Array) -> Array:
+  """Sum over sequences of its tokens times `E sum_e f_e P_e` (DeepSeek-V3, equations 17-20)."""
+  num_experts = chosen_be.shape[1]
+  fraction_be = chosen_be / jnp.maximum(chosen_be.sum(1, keepdims=True), 1)
+  # tokens of the sequence times P_e is the plain sum of probabilities
+  return jnp.asarray(num_experts, prob_be.dtype) * (fraction_be * prob_be).sum()

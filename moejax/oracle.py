@@ -1,0 +1,48 @@
+"""The definition of correct: a loop over experts, tokens and rows in plain array operations, in any precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.arrays import Assignment, SoftPlan
+from moejax.moe.experts import Experts
+
+
+def moe(
+  x: Float[Array, '*batch S D'],
+  plan: Assignment | SoftPlan,
+  experts: Experts | Sequence[Callable[[Array], Array]],
+) -> Float[Array, '*batch S D']:
+  """Output of a routed layer by definition; differentiable, slow, in the type of `x`.
+
+  Args:
+    x: tokens.
+    plan: rows `(token, expert, weight)`, or dense `[..., S, E, P]` dispatch and combine tensors.
+    experts: a bank, or one function `[D] -> [D]` an expert.
+  """
+  if isinstance(experts, Experts):
+    experts = [experts.expert(e) for e in range(experts.num_experts)]
+  if isinstance(plan, SoftPlan):
+    return _soft(x, plan, experts)
+  x_td = x.reshape(-1, x.shape[-1])
+  y_td = jnp.zeros_like(x_td)
+  for e, expert in enumerate(experts):
+    for t in range(x_td.shape[0]):
+      weight = jnp.where((plan.token == t) & (plan.expert == e), plan.weight, 0).sum()
+      routed = ((plan.token == t) & (plan.expert == e)).any()
+      value = jnp.where(routed, expert(x_td[t]), 0) * weight.astype(x_td.dtype)
+      y_td = y_td.at[t].add(value)
+  return y_td.reshape(x.shape)
+
+
+def _soft(x: Array, plan: SoftPlan, experts: Sequence[Callable[[Array], Array]]) -> Array:
+  y = jnp.zeros_like(x)
+  for e, expert in enumerate(experts):
+    for p in range(plan.dispatch.shape[-1]):
+      share = plan.dispatch[..., e, p][..., None].astype(x.dtype)  # [..., S, 1]
+      slot = expert((share * x).sum(-2))  # [..., D]
+      y = y + plan.combine[..., e, p][..., None].astype(x.dtype) * slot[..., None, :]
+  return y

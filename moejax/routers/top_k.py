@@ -1,0 +1,260 @@
+"""Token choice: every token takes its k best experts.
+
+Shazeer et al. 2017; GShard, Lepikhin et al. 2020; Switch, Fedus et al. 2021; V-MoE, Riquelme et al. 2021;
+DeepSeekMoE, Dai et al. 2024; Mixtral, Jiang et al. 2024; loss-free balancing, Wang et al. 2024. They differ in
+options of this one function: weights, capacity and its priority, noise, bias.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from moejax.arrays import Assignment, Context, Scores
+from moejax.moe.capacity import PRIORITIES, capacity, keep_within_capacity_by_group
+from moejax.moe.weighting import WEIGHTINGS, Weights, normalised
+from moejax.routers.affinity import TokenAffinity
+from moejax.routers.router import Flags, Router
+from moejax.routers.scorers import LinearScorer
+
+SECOND_POLICIES = ('all', 'none', 'threshold', 'random')
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+  """A bounded buffer an expert.
+
+  Attributes:
+    train_factor, eval_factor: C = ceil(factor * k * tokens / experts).
+    priority: see `moejax.moe.capacity.keep_within_capacity`.
+    group: 'batch' (one buffer for all tokens of the call) or 'sequence' (one for each).
+    renorm_after_drop: renormalise the weights of the surviving choices of a token to sum to one.
+  """
+
+  train_factor: float
+  eval_factor: float
+  priority: str = 'token_major'
+  group: str = 'batch'
+  renorm_after_drop: bool = False
+
+  def prefix_safe(self, k: int, train: bool) -> bool:
+    """'random' order holds in training only; with one choice the two position orders are the same."""
+    priority = 'choice_major' if self.priority == 'random' and not train else self.priority
+    return priority == 'token_major' or (priority == 'choice_major' and k == 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopKAssign:
+  """`Scores -> Assignment` in token-major rows: row `t * k + j` is the j-th choice of token t."""
+
+  k: int
+  weights: Weights
+  scale: float = 1.0
+  capacity: Capacity | None = None
+  second_policy: str = 'all'
+  second_threshold: float = 0.2
+
+  def __call__(self, scores: Scores, context: Context) -> Assignment:
+    num_sequences, num_positions, num_experts = scores.select.shape
+    num_tokens = num_sequences * num_positions
+    _, expert_bsk = jax.lax.top_k(scores.select, self.k)  # ties: the lowest index first
+    gate_bsk = jnp.take_along_axis(scores.gate, expert_bsk, -1)
+    weight_bsk = self.weights(gate_bsk) * jnp.asarray(self.scale, gate_bsk.dtype)
+    wanted_bsk = self._wanted(weight_bsk, context)
+    expert_bsk = jnp.where(wanted_bsk, expert_bsk, num_experts).astype(jnp.int32)
+    kept_bsk = self._kept(expert_bsk, gate_bsk, num_experts, context)
+    weight_bsk = jnp.where(kept_bsk, weight_bsk, 0)
+    if self.capacity is not None and self.capacity.renorm_after_drop:
+      weight_bsk = self._renormalise(weight_bsk)
+    return Assignment(
+      token=jnp.repeat(jnp.arange(num_tokens, dtype=jnp.int32), self.k),
+      expert=jnp.where(kept_bsk, expert_bsk, num_experts).reshape(-1),
+      weight=weight_bsk.reshape(-1),
+      chosen=expert_bsk.reshape(-1),
+      num_experts=num_experts,
+      groups=num_tokens,
+    )
+
+  def _wanted(self, weight_bsk: Array, context: Context) -> Array:
+    """All but padding, and but the second choices that the GShard policies give up."""
+    wanted_bsk = jnp.ones(weight_bsk.shape, bool)
+    if context.mask is not None:
+      wanted_bsk &= context.mask[..., None]
+    if self.second_policy == 'all':
+      return wanted_bsk
+    second_bs = weight_bsk[..., 1]
+    limit = jnp.asarray(self.second_threshold, second_bs.dtype)
+    if self.second_policy == 'none':
+      keep_bs = jnp.zeros(second_bs.shape, bool)
+    elif self.second_policy == 'threshold' or not context.train:
+      keep_bs = second_bs > limit
+    else:
+      key = _key(context, 3, "second_policy='random'")
+      keep_bs = jax.random.uniform(key, second_bs.shape, second_bs.dtype) < second_bs / limit
+    return wanted_bsk.at[..., 1].set(wanted_bsk[..., 1] & keep_bs)
+
+  def _kept(self, expert_bsk: Array, gate_bsk: Array, num_experts: int, context: Context) -> Array:
+    kept_bsk = expert_bsk < num_experts
+    if self.capacity is None:
+      return kept_bsk
+    rule = self.capacity
+    group_shape = expert_bsk.shape[:2] if rule.group == 'sequence' else (1, -1)
+    expert_gtk = expert_bsk.reshape(*group_shape, self.k)
+    order_gt, priority = None, rule.priority
+    if priority == 'score':
+      order_gt = gate_bsk[..., 0]
+    elif priority == 'random' and context.train:
+      order_gt = jax.random.uniform(_key(context, 4, "priority='random'"), expert_bsk.shape[:2])
+    elif priority == 'random':
+      priority = 'choice_major'
+    if order_gt is not None:
+      order_gt = jax.lax.stop_gradient(order_gt).reshape(*group_shape)
+    factor = rule.train_factor if context.train else rule.eval_factor
+    limit = capacity(expert_gtk.shape[1], num_experts, self.k, factor)
+    keep_gtk = keep_within_capacity_by_group(expert_gtk, num_experts, limit, priority, order_gt)
+    return kept_bsk & keep_gtk.reshape(expert_bsk.shape)
+
+  def _renormalise(self, weight_bsk: Array) -> Array:
+    return normalised(weight_bsk) * jnp.asarray(self.scale, weight_bsk.dtype)
+
+
+def _key(context: Context, stream: int, what: str) -> Array:
+  if context.rng is None:
+    raise ValueError(f'{what} needs context.rng in training: got None')
+  return jax.random.fold_in(context.rng, stream)
+
+
+def top_k(
+  *,
+  d_model: int,
+  num_experts: int,
+  rngs: nnx.Rngs,
+  k: int = 2,
+  weighting: str | None = None,
+  route_scale: float = 1.0,
+  capacity_factor: float | None = None,
+  eval_capacity_factor: float | None = None,
+  priority: str = 'token_major',
+  capacity_group: str = 'batch',
+  renorm_after_drop: bool = False,
+  second_policy: str = 'all',
+  second_threshold: float = 0.2,
+  noise_std: float = 0.0,
+  jitter: float = 0.0,
+  balance_bias: bool = False,
+  init_std: float | None = None,
+) -> Router:
+  """Top-k token choice.
+
+  Args:
+    d_model: D.
+    num_experts: E.
+    rngs: source of the initial router kernel.
+    k: choices of a token.
+    weighting: a name of `moejax.moe.weighting.WEIGHTINGS`; default 'softmax_topk' for k = 1, else
+      'softmax_topk_norm'.
+    route_scale: factor on all weights (2.5 in DeepSeek-V3).
+    capacity_factor: None for dropless, else C = ceil(factor * k * tokens / experts).
+    eval_capacity_factor: capacity factor outside training; default `capacity_factor`.
+    priority: 'token_major', 'choice_major', 'score' (batch-prioritised routing) or 'random'.
+    capacity_group: 'batch' or 'sequence', the tokens that share a buffer.
+    renorm_after_drop: renormalise the weights of what survives (DeepSpeed; GShard does not).
+    second_policy: what becomes of second choices, 'all', 'none', 'threshold' (kept above
+      `second_threshold`) or 'random' (kept with probability weight / `second_threshold` in training, as
+      'threshold' outside of it): GShard.
+    second_threshold: see `second_policy`.
+    noise_std, jitter, init_std: see `LinearScorer`.
+    balance_bias: keep a bias that moves the selection, not the weights, for the loss-free controller.
+
+  Raises:
+    ValueError: an option out of its range, or k = 1 with weights that are normalised over the chosen
+      (they are constant, so that the router would never learn).
+  """
+  weighting = weighting or ('softmax_topk' if k == 1 else 'softmax_topk_norm')
+  _check(num_experts, k, weighting, capacity_factor, eval_capacity_factor)
+  _check_name('priority', priority, PRIORITIES)
+  _check_name('capacity_group', capacity_group, ('batch', 'sequence'))
+  _check_name('second_policy', second_policy, SECOND_POLICIES)
+  if second_policy != 'all' and k != 2:
+    raise ValueError(f"second_policy={second_policy!r} with k={k}: accepted with k=2 only")
+  function, weights = WEIGHTINGS[weighting]
+  limit = None
+  if capacity_factor is not None:
+    limit = Capacity(
+      capacity_factor,
+      capacity_factor if eval_capacity_factor is None else eval_capacity_factor,
+      priority,
+      capacity_group,
+      renorm_after_drop,
+    )
+  flags = Flags(
+    prefix_safe_train=limit is None or limit.prefix_safe(k, train=True),
+    prefix_safe_eval=limit is None or limit.prefix_safe(k, train=False),
+    batch_free=limit is None or capacity_group == 'sequence',
+    trains_router=weighting != 'unweighted',
+  )
+  return Router(
+    LinearScorer(
+      d_model, num_experts, noise_std=noise_std, jitter=jitter, init_std=init_std, rngs=rngs
+    ),
+    TokenAffinity(function, k),
+    TopKAssign(k, weights, route_scale, limit, second_policy, second_threshold),
+    num_experts=num_experts,
+    flags=flags,
+    bias=balance_bias,
+  )
+
+
+def switch(*, capacity_factor: float | None = 1.25, eval_capacity_factor: float | None = 2.0, **options) -> Router:
+  """Switch routing: `top_k` with one choice weighted by its softmax probability (Fedus et al. 2021).
+
+  Options as in `top_k`; capacity 1.25 in training and 2.0 in evaluation, position order.
+  """
+  return top_k(
+    k=1, capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor, **options
+  )
+
+
+def gshard(
+  *,
+  capacity_factor: float | None = 1.25,
+  eval_capacity_factor: float | None = 2.0,
+  priority: str = 'choice_major',
+  second_policy: str = 'random',
+  **options,
+) -> Router:
+  """GShard routing: `top_k` with two normalised choices, choice-major capacity and random second choices.
+
+  Lepikhin et al. 2020, algorithm 1. Not prefix-safe unless `priority='token_major'`.
+  """
+  return top_k(
+    k=2,
+    capacity_factor=capacity_factor,
+    eval_capacity_factor=eval_capacity_factor,
+    priority=priority,
+    second_policy=second_policy,
+    **options,
+  )
+
+
+def _check(num_experts: int, k: int, weighting: str, *factors: float | None) -> None:
+  if not 1 <= k <= num_experts:
+    raise ValueError(f'k={k} with num_experts={num_experts}: accepted are 1 to {num_experts}')
+  _check_name('weighting', weighting, WEIGHTINGS)
+  if k == 1 and WEIGHTINGS[weighting][1] is normalised:
+    raise ValueError(
+      f"weighting={weighting!r} with k=1 makes every weight 1 and the router's gradient zero: accepted are "
+      "'softmax_topk', 'softmax_topk_norm_sg', 'sigmoid' or k >= 2"
+    )
+  for factor in factors:
+    if factor is not None and not factor > 0:
+      raise ValueError(f'capacity_factor={factor}: accepted are positive numbers, or None for dropless')
+
+
+def _check_name(key: str, value: str, accepted) -> None:
+  if value not in accepted:
+    raise ValueError(f'{key}={value!r}: accepted are {", ".join(map(repr, accepted))}')
