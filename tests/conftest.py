@@ -1,0 +1,115 @@
+"""Settings of every test: eight CPU devices, strict numerics, shapes checked at public borders."""
+
+import hashlib
+import os
+import pathlib
+import platform
+import random
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEVICES = 8
+
+
+def _with_host_devices(flags: str, count: int) -> str:
+  """XLA's flags with `count` host devices, and whatever else the user has set."""
+  name = '--xla_force_host_platform_device_count'
+  kept = [flag for flag in flags.split() if not flag.startswith(name)]
+  return ' '.join([*kept, f'{name}={count}'])
+
+
+# JAX reads these when it is imported. JAX_PLATFORMS=cuda in the environment runs the tests on a GPU.
+os.environ['XLA_FLAGS'] = _with_host_devices(os.environ.get('XLA_FLAGS', ''), DEVICES)
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+hypothesis.settings.register_profile('moejax', derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.load_profile('moejax')
+
+
+def _keep_compiled_programs(limit: int = 2**30) -> None:
+  """Compiled programs stay on disk: a second run takes a third of the time of the first.
+
+  One folder for each kind of processor, as XLA compiles for the one it runs on. Above `limit` bytes the
+  oldest programs go. JAX_ENABLE_COMPILATION_CACHE=0 switches it off, JAX_COMPILATION_CACHE_DIR moves it.
+  """
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+  flags = [line for line in lines if line.startswith(('flags', 'Features', 'model name'))]
+  processor = hashlib.sha256(f'{platform.machine()} {flags[:2]}'.encode()).hexdigest()[:12]
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
+  folder = cache / 'moejax' / 'tests' / processor
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    stats = {path: path.stat() for path in folder.iterdir()}
+  except OSError:
+    return  # a home that cannot be written: no cache
+  excess = sum(stat.st_size for stat in stats.values()) - limit
+  for path in sorted(stats, key=lambda path: stats[path].st_mtime):
+    if excess > 0:
+      excess -= stats[path].st_size
+      path.unlink(missing_ok=True)
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
+
+
+if jax.config.jax_compilation_cache_dir is None:
+  _keep_compiled_programs()
+
+
+def _checked_modules() -> list[str]:
+  """What the import hook checks: all but the records, which transforms fill with placeholders."""
+  children = sorted((ROOT / 'moejax').iterdir())
+  names = [child.stem for child in children if child.is_dir() or child.suffix == '.py']
+  checked = [
+    f'moejax.{name}' for name in names if name not in ('arrays', '__init__', '__pycache__')
+  ]
+  return [*checked, 'pallas_kernels']
+
+
+jaxtyping.install_import_hook(_checked_modules(), 'beartype.beartype')
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+  """The global generators, which other packages may draw from, start equal in every test."""
+  random.seed(0)
+  np.random.seed(0)  # noqa: NPY002
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+  """NumPy's generator, the same in every test."""
+  return np.random.default_rng(0)
+
+
+@pytest.fixture
+def x64():
+  """float64 for one test: `@pytest.mark.usefixtures('x64')`."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture
+def standard_promotion():
+  """Relaxes dtype promotion for one test: optax.adamw multiplies weak and strong types."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+@pytest.fixture(scope='session')
+def make_mesh():
+  """`make_mesh(data=2, expert=4)`: a mesh of Auto axes over the first devices."""
+
+  def make(**axes: int) -> jax.sharding.Mesh:
+    devices = jax.devices()[: int(np.prod(list(axes.values())))]
+    auto = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=auto, devices=devices)
+
+  return make
