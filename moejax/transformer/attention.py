@@ -1,0 +1,144 @@
+"""Multi-head and grouped-query self-attention, with packed documents and padding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.transformer.linear import Init, Linear, RMSNorm, fan_in_init, master_dtype
+from moejax.transformer.rotary import rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visible:
+  """Who may attend to whom, beyond causality.
+
+  Attributes:
+    keys: bool `[B, S, S]`, True where query s (second axis) may attend to key (third axis).
+    rows: bool `[B, S]`, False for queries that may attend to nothing; their output is zero.
+  """
+
+  keys: Array
+  rows: Array
+
+
+def visibility(
+  segment_ids: Int[Array, 'B S'] | None, mask: Bool[Array, 'B S'] | None, *, causal: bool
+) -> Visible | None:
+  """What packed documents (`segment_ids`) and padding (`mask`, True for real tokens) leave visible.
+
+  None when both are None: then nothing but causality hides a key.
+  """
+  if segment_ids is None and mask is None:
+    return None
+  if segment_ids is None:
+    keys = jnp.broadcast_to(mask[:, None, :], (*mask.shape, mask.shape[1]))
+  else:
+    keys = segment_ids[:, :, None] == segment_ids[:, None, :]
+    keys = keys if mask is None else keys & mask[:, None, :]
+  size = keys.shape[-1]
+  reachable = keys & jnp.tri(size, dtype=bool)[None, :, :] if causal else keys
+  return Visible(keys=keys, rows=jnp.any(reachable, axis=-1))
+
+
+def attend(
+  q: Float[Array, 'B S N H'],
+  k: Float[Array, 'B S M H'],
+  v: Float[Array, 'B S M H'],
+  visible: Visible | None,
+  *,
+  causal: bool,
+  implementation: str | None = None,
+) -> Float[Array, 'B S N H']:
+  """Softmax attention; query head n reads key and value head n // (N / M). The softmax is float32 or wider.
+
+  `implementation='cudnn'` asks for cuDNN's flash attention (NVIDIA, 16-bit inputs) and never falls back.
+  Without it the formula is written out here and not left to `jax.nn.dot_product_attention`, whose softmax
+  is float32 even of float64 inputs, and whose gradient of bfloat16 fails under strict dtype promotion.
+  """
+  if implementation is None:
+    y = softmax_attention(q, k, v, visible, causal=causal)
+  else:
+    mask = None if visible is None else visible.keys[:, None, :, :]  # [B, 1, S, S]
+    y = jax.nn.dot_product_attention(
+      q, k, v, mask=mask, is_causal=causal, implementation=implementation
+    )
+  return y if visible is None else jnp.where(visible.rows[:, :, None, None], y, jnp.zeros_like(y))
+
+
+def softmax_attention(q, k, v, visible, *, causal):
+  """As `attend`, but for rows that may attend to nothing: these average over all values."""
+  b, s, n, h = q.shape
+  m = k.shape[2]
+  wide = master_dtype(q.dtype)
+  q = q.transpose(0, 2, 1, 3).reshape(
+    b, m, (n // m) * s, h
+  )  # a key head's queries are rows of one matrix
+  scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=wide) / h**0.5
+  scores = scores.reshape(b, n, s, s)
+  if causal:
+    scores = jnp.where(jnp.tri(s, dtype=bool)[None, None, :, :], scores, jnp.finfo(wide).min)
+  if visible is not None:
+    scores = jnp.where(visible.keys[:, None, :, :], scores, jnp.finfo(wide).min)
+  weights = jax.nn.softmax(scores).astype(v.dtype).reshape(b, m, (n // m) * s, s)
+  y = jnp.matmul(weights, v.transpose(0, 2, 1, 3))  # [B, M, N / M * S, H]
+  return y.reshape(b, n, s, h).transpose(0, 2, 1, 3)
+
+
+class Attention(nnx.Module):
+  """Self-attention (Vaswani et al. 2017) with grouped key and value heads (Ainslie et al. 2023).
+
+  `qk_norm`: RMSNorm over each query and key head before rotation (Henry et al. 2020; Dehghani et al. 2023).
+
+  Raises:
+    ValueError: if num_kv_heads does not divide num_heads.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    causal: bool,
+    qk_norm: bool = False,
+    use_bias: bool = False,
+    implementation: str | None = None,
+    out_init: Init = fan_in_init,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    if num_heads % num_kv_heads:
+      raise ValueError(f'num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}')
+    self.head_dim, self.causal, self.implementation = head_dim, causal, implementation
+    options = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
+    self.query = Linear(d_model, num_heads * head_dim, **options)
+    self.key = Linear(d_model, num_kv_heads * head_dim, **options)
+    self.value = Linear(d_model, num_kv_heads * head_dim, **options)
+    self.out = Linear(num_heads * head_dim, d_model, init=out_init, **options)
+    self.query_norm = RMSNorm(head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
+    self.key_norm = RMSNorm(head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
+
+  def __call__(
+    self,
+    x: Float[Array, 'B S D'],
+    rotation: tuple[jax.Array, jax.Array] | None = None,
+    visible: Visible | None = None,
+  ) -> Float[Array, 'B S D']:
+    """Output `[B, S, D]`. `rotation` is of rotary.rotation (None: no positions), `visible` of visibility."""
+    q, k, v = (self._heads(f(x)) for f in (self.query, self.key, self.value))
+    if self.query_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    if rotation is not None:
+      q, k = rotate(q, *rotation), rotate(k, *rotation)
+    y = attend(q, k, v, visible, causal=self.causal, implementation=self.implementation)
+    return self.out(y.reshape(*x.shape[:2], -1))  # [B, S, N, H] -> [B, S, N * H]
+
+  def _heads(self, x):
+    return x.reshape(*x.shape[:2], -1, self.head_dim)  # [B, S, N * H] -> [B, S, N, H]

@@ -1,0 +1,60 @@
+"""One pre-norm transformer block: attention, then a dense feed-forward layer or a mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moejax.arrays import Context, RoutingStats
+from moejax.transformer.attention import Attention, Visible
+from moejax.transformer.ffn import FFN
+from moejax.transformer.linear import RMSNorm
+
+
+class Block(nnx.Module):
+  """`x + attention(norm(x))`, then `x + f(norm(x))`, where f is either `ffn` or `moe`.
+
+  Dense layers stay under the name `ffn` and mixtures under `moe`, so that a parameter's path says which
+  it is. An output norm of the mixture belongs to the mixture.
+
+  Raises:
+    ValueError: unless exactly one of ffn and moe is given.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    *,
+    attention: Attention,
+    ffn: FFN | None = None,
+    moe: nnx.Module | None = None,
+    norm: Callable[..., nnx.Module] = RMSNorm,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    if (ffn is None) == (moe is None):
+      raise ValueError(f'ffn={ffn} and moe={moe}: a block has exactly one of them')
+    self.attention_norm = norm(d_model, dtype=dtype, rngs=rngs)
+    self.attention = attention
+    self.ffn_norm = norm(d_model, dtype=dtype, rngs=rngs)
+    self.ffn = ffn
+    self.moe = moe
+
+  def __call__(
+    self,
+    x: Float[Array, 'B S D'],
+    context: Context,
+    rotation: tuple[jax.Array, jax.Array] | None = None,
+    visible: Visible | None = None,
+  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
+    """The block's output and, of a mixture, its routing sums."""
+    x = x + self.attention(self.attention_norm(x), rotation, visible)
+    h = self.ffn_norm(x)
+    if self.moe is None:
+      return x + self.ffn(h), None
+    y, aux = self.moe(h, context)
+    return x + y, aux.stats

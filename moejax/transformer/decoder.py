@@ -1,0 +1,161 @@
+"""Transformer over token sequences: `Decoder` (causal language model) and `Encoder` (masked language model)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.arrays import Context, RoutingStats
+from moejax.transformer.attention import Attention, visibility
+from moejax.transformer.block import Block
+from moejax.transformer.ffn import FFN
+from moejax.transformer.linear import Embed, Linear, RMSNorm, residual_init
+from moejax.transformer.placement import check_layers
+from moejax.transformer.rotary import rotation
+from moejax.transformer.stack import Stack
+
+
+class Decoder(nnx.Module):
+  """Pre-norm transformer with RMSNorm, rotary positions and (gated) feed-forward layers, some of them mixtures.
+
+  Args:
+    d_ff: hidden width of the dense feed-forward layers.
+    num_kv_heads: key and value heads; None for num_heads.
+    head_dim: None for d_model / num_heads.
+    qk_norm: RMSNorm over each query and key head.
+    tie_embeddings: the output layer is the transposed embedding table.
+    moe: makes one mixture, `y, aux = layer(x, context)`; the layers named in `moe_layers` hold one each.
+    causal: False lets every position attend to every other (Encoder).
+    remat: what the backward pass computes again, a key of stack.REMAT.
+    unroll: layers of the loop that are compiled one after the other; more is faster on a CPU, to compile slower.
+    attention: None, or 'cudnn' for flash attention on an NVIDIA GPU in a 16-bit dtype.
+    dtype: of computations and of the residual stream; parameters and logits are float32 (or wider).
+
+  Initialisation: matrices truncated normal with variance 1 / fan_in, those that write into the residual
+  stream 1 / sqrt(2 * num_layers) of it, embeddings normal(0.02) (Radford et al. 2019, section 2.3).
+
+  Raises:
+    ValueError: for sizes that do not divide, and for moe_layers without moe or out of range.
+  """
+
+  def __init__(
+    self,
+    vocab_size: int,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    d_ff: int,
+    *,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    qk_norm: bool = False,
+    tie_embeddings: bool = True,
+    activation: str = 'silu',
+    gated: bool = True,
+    moe: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    moe_layers: tuple[int, ...] = (),
+    causal: bool = True,
+    remat: str = 'none',
+    unroll: int = 1,
+    attention: str | None = None,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.causal = causal
+    self.head_dim = head_width(d_model, num_heads, head_dim)
+    out_init = residual_init(num_layers)
+
+    def make_block(kind, rngs):
+      options = dict(out_init=out_init, dtype=dtype, rngs=rngs)
+      sizes = (d_model, num_heads, num_kv_heads or num_heads, self.head_dim)
+      attention_layer = Attention(
+        *sizes, causal=causal, qk_norm=qk_norm, implementation=attention, **options
+      )
+      if kind == 'moe':
+        return Block(d_model, attention=attention_layer, moe=moe(rngs), dtype=dtype, rngs=rngs)
+      ffn = FFN(d_model, d_ff, activation=activation, gated=gated, **options)
+      return Block(d_model, attention=attention_layer, ffn=ffn, dtype=dtype, rngs=rngs)
+
+    self.embed = Embed(vocab_size, d_model, dtype=dtype, rngs=rngs)
+    kinds = layer_kinds(num_layers, moe, moe_layers)
+    self.stack = Stack.create(make_block, kinds, remat=remat, unroll=unroll, rngs=rngs)
+    self.norm = RMSNorm(d_model, dtype=dtype, rngs=rngs)
+    self.head = None if tie_embeddings else Linear(d_model, vocab_size, dtype=dtype, rngs=rngs)
+
+  def __call__(
+    self,
+    tokens: Int[Array, 'B S'],
+    *,
+    positions: Int[Array, 'B S'] | None = None,
+    segment_ids: Int[Array, 'B S'] | None = None,
+    mask: Bool[Array, 'B S'] | None = None,
+    rng: jax.Array | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, 'B S V'], RoutingStats | None]:
+    """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]` (None without).
+
+    Args:
+      positions: for rotation and routers; None counts from 0 in every row. Rotation only sees differences, so
+        packed documents need none of their own.
+      segment_ids: tokens attend only within their segment.
+      mask: True for real tokens. Padding is not attended to, not routed and not counted.
+      rng: key for routers' noise; every layer gets its own.
+    """
+    x, stats = self.features(
+      tokens, positions=positions, segment_ids=segment_ids, mask=mask, rng=rng, train=train
+    )
+    return self.logits(x), stats
+
+  def features(
+    self,
+    tokens: Int[Array, 'B S'],
+    *,
+    positions: Int[Array, 'B S'] | None = None,
+    segment_ids: Int[Array, 'B S'] | None = None,
+    mask: Bool[Array, 'B S'] | None = None,
+    rng: jax.Array | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
+    """What the output layer reads, and stats; arguments as of a call."""
+    counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]  # [1, S] serves every sequence
+    turn = rotation(counted if positions is None else positions, self.head_dim)
+    context = Context(
+      mask=mask,
+      token_ids=tokens,
+      positions=jnp.broadcast_to(counted, tokens.shape) if positions is None else positions,
+      rng=rng,
+      train=train,
+    )
+    visible = visibility(segment_ids, mask, causal=self.causal)
+    x, stats = self.stack(self.embed(tokens), context, turn, visible)
+    return self.norm(x), stats
+
+  def logits(self, x: Float[Array, '... D']) -> Float[Array, '... V']:
+    """The output layer, float32 or wider."""
+    return self.embed.attend(x) if self.head is None else self.head(x, wide=True)
+
+
+class Encoder(Decoder):
+  """The same with every position visible to every other, for masked language models."""
+
+  def __init__(self, *sizes, **options):
+    super().__init__(*sizes, causal=False, **options)
+
+
+def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
+  """head_dim, or d_model / num_heads where None."""
+  if head_dim is None and d_model % num_heads:
+    raise ValueError(f'num_heads={num_heads} does not divide d_model={d_model}; else give head_dim')
+  return head_dim or d_model // num_heads
+
+
+def layer_kinds(num_layers: int, moe, moe_layers: tuple[int, ...]) -> list[str]:
+  """'moe' for the layers in `moe_layers`, 'dense' for the others."""
+  if moe_layers and moe is None:
+    raise ValueError(f'moe_layers={moe_layers} but moe=None: give a function that makes the layer')
+  chosen = check_layers(tuple(moe_layers), num_layers)
+  return ['moe' if layer in chosen else 'dense' for layer in range(num_layers)]

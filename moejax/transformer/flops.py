@@ -1,0 +1,119 @@
+"""Counts of floating point operations and of parameters, by part of the model.
+
+Model FLOPs: two per multiply-add of a matrix product, nothing for elementwise work; attention counts the
+whole square of queries and keys also where half of it is masked (Chowdhery et al. 2022, PaLM, appendix B).
+A training step costs three times the forward pass, without recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+Flops = dict[str, int | float]
+
+
+def forward_flops_per_token(
+  *,
+  vocab_size: int,
+  d_model: int,
+  num_layers: int,
+  num_heads: int,
+  d_ff: int,
+  seq_len: int,
+  num_kv_heads: int | None = None,
+  head_dim: int | None = None,
+  gated: bool = True,
+  num_moe_layers: int = 0,
+  moe: Flops | None = None,
+) -> Flops:
+  """FLOPs of one token's forward pass through Decoder or Encoder, by part; their sum is the total.
+
+  Args:
+    moe: FLOPs of one token in one mixture, by part, as of `moe_flops_per_token`.
+  """
+  head_dim = head_dim or d_model // num_heads
+  num_kv_heads = num_kv_heads or num_heads
+  projections = 2 * d_model * head_dim * (2 * num_heads + 2 * num_kv_heads)
+  flops = {
+    'attention_projections': num_layers * projections,
+    'attention_scores': num_layers * 2 * 2 * seq_len * num_heads * head_dim,
+    'ffn': (num_layers - num_moe_layers) * (3 if gated else 2) * 2 * d_model * d_ff,
+    'head': 2 * d_model * vocab_size,
+  }
+  return {**flops, **{part: num_moe_layers * count for part, count in (moe or {}).items()}}
+
+
+def moe_flops_per_token(
+  *,
+  d_model: int,
+  d_ff: int,
+  num_experts: int,
+  experts_per_token: int | float,
+  num_shared: int = 0,
+  gated: bool = True,
+) -> Flops:
+  """FLOPs of one token in one mixture with a linear router; d_ff is the hidden width of one expert."""
+  expert = (3 if gated else 2) * 2 * d_model * d_ff
+  return {
+    'router': 2 * d_model * num_experts,
+    'experts': (experts_per_token + num_shared) * expert,
+  }
+
+
+def forward_flops_per_image(
+  *,
+  image_shape: tuple[int, int, int],
+  patch_size: int,
+  num_classes: int,
+  d_model: int,
+  num_layers: int,
+  num_heads: int,
+  d_ff: int,
+  num_moe_layers: int = 0,
+  moe: Flops | None = None,
+) -> Flops:
+  """FLOPs of one image's forward pass through ViT, by part."""
+  height, width, channels = image_shape
+  seq_len = (height // patch_size) * (width // patch_size)
+  per_token = forward_flops_per_token(
+    vocab_size=0,
+    d_model=d_model,
+    num_layers=num_layers,
+    num_heads=num_heads,
+    d_ff=d_ff,
+    seq_len=seq_len,
+    gated=False,
+    num_moe_layers=num_moe_layers,
+    moe=moe,
+  )
+  flops = {part: seq_len * count for part, count in per_token.items()}
+  flops['embed'] = seq_len * 2 * patch_size * patch_size * channels * d_model
+  flops['head'] = 2 * d_model * num_classes
+  return flops
+
+
+def count_params(params: Mapping) -> dict[str, int]:
+  """Numbers of parameters by part of a pure dict of parameters (`nnx.to_pure_dict`), and their 'total'.
+
+  Parts: 'embed' (tokens or patches, positions), 'attention', 'ffn', 'norm', 'head' (absent when tied), and of
+  mixtures what their own names are: 'moe/experts', 'moe/router', ... A token that uses K of E experts is
+  served by 'total' less (1 - K / E) of 'moe/experts'.
+  """
+  counts: dict[str, int] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    part = _part([str(key.key) for key in path])
+    counts[part] = counts.get(part, 0) + int(np.prod(leaf.shape))
+  return {**counts, 'total': sum(counts.values())}
+
+
+def _part(names: list[str]) -> str:
+  top = {'embed': 'embed', 'positions': 'embed', 'head': 'head', 'norm': 'norm'}
+  if names[0] in top:
+    return top[names[0]]
+  inside = names[names.index('blocks') + 2 :]  # stack/segments/0/blocks/1/<inside>
+  if inside[0] == 'moe':
+    return '/'.join(inside[:2])
+  return 'norm' if inside[0].endswith('_norm') else inside[0]

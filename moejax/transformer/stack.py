@@ -1,0 +1,206 @@
+"""A stack of blocks, stored stacked and run by `lax.scan`: the program does not grow with depth.
+
+Layers of unlike kinds are cut into segments, each a unit of one or more blocks that repeats. Parameters of
+a segment carry a leading axis of its repeats: the path `segments/0/blocks/1/ffn/up/weight` holds
+`[L, D, F]`, the second block of the first segment's unit in each of its L repeats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moejax.arrays import Context, RoutingStats
+from moejax.transformer.attention import Visible
+from moejax.transformer.block import Block
+
+# What the backward pass finds stored of each block. 'none': everything. 'full': the block's input, the rest
+# is computed again. 'dots': also results of matrix products with weights.
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def plan_segments(kinds: Sequence[str]) -> tuple[tuple[tuple[str, ...], int], ...]:
+  """`kinds` as (unit, repeats) pairs with the fewest blocks to compile, then the fewest segments.
+
+  A periodic pattern is one segment of its smallest period, halves are two, 'every 2' of an odd depth is
+  the repeated pair and one block more.
+  """
+  n = len(kinds)
+  plans = {n: (0, 0, ())}  # first layer -> (blocks compiled, segments, plan) from there on
+  for first in reversed(range(n)):
+    options = []
+    for size in range(1, n - first + 1):
+      unit = tuple(kinds[first : first + size])
+      stop = first + size
+      while stop <= n and tuple(kinds[stop - size : stop]) == unit:
+        blocks, segments, rest = plans[stop]
+        options.append((size + blocks, 1 + segments, ((unit, (stop - first) // size), *rest)))
+        stop += size
+    plans[first] = min(options, key=lambda option: option[:2])
+  return plans[0][2]
+
+
+class Segment(nnx.Module):
+  """`repeats` copies of a unit of blocks; every variable has a leading axis `[repeats, ...]`.
+
+  Variables that are not parameters (a router's balancing bias) are stacked and sliced like parameters and
+  only read: what a layer assigns to them in its call is lost.
+  """
+
+  def __init__(self, blocks: Sequence[Block], first: int, repeats: int, remat: str, unroll: int):
+    self.blocks = nnx.List(blocks)  # variables already stacked
+    self.first = first  # the number of its first layer
+    self.repeats = repeats
+    self.remat = remat
+    self.unroll = unroll
+
+  def __call__(
+    self,
+    x: Float[Array, 'B S D'],
+    context: Context,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    visible: Visible | None,
+  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
+    """Output and the stats of the mixtures, stacked in layer order `[L, ...]`; None without mixtures."""
+    graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+
+    def run_block(graph):
+      def run(state, x, layer):
+        return nnx.merge(graph, state)(x, context_of(layer, context), rotation, visible)
+
+      policy = REMAT[self.remat]
+      return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
+
+    def run_unit(x, step):
+      states, repeat = step
+      stats = []
+      for index, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+        layer = self.first + repeat * len(graphs) + index
+        x, block_stats = run_block(graph)(state, x, layer)
+        if block_stats is not None:
+          stats.append(block_stats)
+      return x, stats
+
+    steps = (states, jnp.arange(self.repeats, dtype=jnp.int32))
+    x, stats = jax.lax.scan(run_unit, x, steps, unroll=min(self.unroll, self.repeats))
+    return x, interleave(stats)
+
+
+class Stack(nnx.Module):
+  """Segments one after the other; made by `Stack.create` or, of blocks that exist, `Stack.of`."""
+
+  def __init__(self, segments: Sequence[Segment]):
+    self.segments = nnx.List(segments)
+
+  @classmethod
+  def create(
+    cls,
+    make_block: Callable[[str, nnx.Rngs], Block],
+    kinds: Sequence[str],
+    *,
+    remat: str = 'none',
+    unroll: int = 1,
+    rngs: nnx.Rngs,
+  ) -> Stack:
+    """A stack of fresh blocks of the given kinds, in order.
+
+    Args:
+      make_block: (kind, rngs) -> Block. Blocks of one kind differ in nothing but their variables' values.
+      kinds: the kind of every layer.
+      remat: a key of REMAT.
+      unroll: repeats in one turn of the loop. All of them: no loop, and no copies in and out of stacked arrays.
+
+    Raises:
+      ValueError: if remat is not a key of REMAT or there is no layer.
+    """
+    check(kinds, remat)
+    segments, first = [], 0
+    for unit, repeats in plan_segments(kinds):
+      keys = jax.random.split(rngs.params(), repeats)
+      graph, state = jax.vmap(lambda key, unit=unit: make_unit(make_block, unit, key))(keys)
+      segments.append(Segment(nnx.merge(graph, state), first, repeats, remat, unroll))
+      first += repeats * len(unit)
+    return cls(segments)
+
+  @classmethod
+  def of(cls, blocks: Sequence[Block], *, remat: str = 'none', unroll: int = 1) -> Stack:
+    """A stack of these blocks: what surgery does after changing layers of `unstack`.
+
+    Layers stack where their variables agree in names, shapes and dtypes and their settings are equal; others
+    become segments of their own.
+    """
+    graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
+    layouts = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), state) for state in states]
+    kinds = [f'{graph} {layout}' for graph, layout in zip(graphs, layouts, strict=True)]
+    check(kinds, remat)
+    segments, first = [], 0
+    for unit, repeats in plan_segments(kinds):
+      stacked = []
+      for index in range(first, first + len(unit)):
+        alike = states[index : first + repeats * len(unit) : len(unit)]
+        state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alike)
+        stacked.append(nnx.merge(graphs[index], state))
+      segments.append(Segment(stacked, first, repeats, remat, unroll))
+      first += repeats * len(unit)
+    return cls(segments)
+
+  def __call__(
+    self,
+    x: Float[Array, 'B S D'],
+    context: Context,
+    rotation: tuple[jax.Array, jax.Array] | None = None,
+    visible: Visible | None = None,
+  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
+    """Output and the stats of all mixtures, stacked in layer order `[L, ...]`; None without mixtures."""
+    parts = []
+    for segment in self.segments:
+      x, stats = segment(x, context, rotation, visible)
+      if stats is not None:
+        parts.append(stats)
+    return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else None
+
+  def unstack(self) -> list[Block]:
+    """Every layer as a block of its own, with copies of its variables."""
+    blocks = []
+    for segment in self.segments:
+      for repeat in range(segment.repeats):
+        for block in segment.blocks:
+          graph, state = nnx.split(block)
+          blocks.append(nnx.merge(graph, jax.tree.map(lambda leaf, r=repeat: leaf[r], state)))
+    return blocks
+
+
+def check(kinds: Sequence[str], remat: str) -> None:
+  if remat not in REMAT:
+    raise ValueError(f'remat={remat!r} is not one of {sorted(REMAT)}')
+  if not kinds:
+    raise ValueError('num_layers=0: a stack has at least one layer')
+
+
+def make_unit(make_block, unit: Sequence[str], key: jax.Array):
+  """(graph, state) of one block of each kind in `unit`; `vmap` over keys stacks the state."""
+  rngs = nnx.Rngs(key)
+  return nnx.split(nnx.List([make_block(kind, rngs) for kind in unit]))
+
+
+def context_of(layer: jax.Array, context: Context) -> Context:
+  """`context` with the layer's own key."""
+  if context.rng is None:
+    return context
+  return dataclasses.replace(context, rng=jax.random.fold_in(context.rng, layer))
+
+
+def interleave(stats: list[RoutingStats]) -> RoutingStats | None:
+  """Stats of the n mixtures of a unit, each stacked over repeats `[L, ...]`, in layer order `[L * n, ...]`."""
+  if not stats:
+    return None
+  return jax.tree.map(lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:]), *stats)
