@@ -1,0 +1,85 @@
+"""All defaults of an experiment, and the only place of defaults.
+
+A config is `common.get_config()` with its own values assigned:
+
+  from configs import common
+
+  def get_config():
+    config = common.get_config()
+    config.model.num_layers = 8
+    config.model.moe.router = {'name': 'expert_choice', 'capacity_factor': 2.0}
+    return config
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """A small top-2 mixture-of-experts byte language model."""
+  config = ConfigDict()
+  config.seed = 0
+  config.steps = 1000  # optimizer steps
+  config.batch_size = 32  # sequences or images an optimizer step, over all devices
+  config.microbatches = 1  # gradient accumulation: batch_size is cut in so many parts
+  config.allow_leak = False  # train a causal model with a router that looks at later tokens
+  config.profile = False  # write a profiler trace of a few steps into the workdir
+
+  config.data = ConfigDict()
+  config.data.name = 'wiki6'
+  config.data.objective = 'causal'  # causal (decoder), masked (encoder), classify (vit)
+  config.data.sequence_length = 256
+  config.data.tokenizer = 'bytes'
+  config.data.mask_rate = 0.15  # fraction of positions to predict, objective masked
+  config.data.data_dir = ''  # where prepared data sets lie; '': MOEJAX_DATA or ~/.cache/moejax/data
+  config.data.allow_changed_stream = False  # resume on other data than the run began with
+
+  config.model = ConfigDict()
+  config.model.kind = 'decoder'  # decoder, encoder, vit
+  config.model.d_model = 128
+  config.model.num_layers = 4
+  config.model.num_heads = 4
+  config.model.num_kv_heads = 0  # 0: num_heads
+  config.model.head_dim = 0  # 0: d_model / num_heads
+  config.model.d_ff = 512  # hidden width of dense feed-forward layers
+  config.model.activation = 'silu'
+  config.model.gated = True
+  config.model.qk_norm = True
+  config.model.tie_embeddings = True
+  config.model.patch_size = 4  # vit
+  config.model.dtype = (
+    'auto'  # of the computation: auto (bfloat16 on accelerators), float32, bfloat16
+  )
+  config.model.remat = 'none'  # recompute in the backward pass: none, full, dots
+
+  config.model.moe = ConfigDict()
+  config.model.moe.layers = 'all'  # none, all, every_2, last_half, or indices: 4,5
+  config.model.moe.num_experts = 8
+  config.model.moe.d_ff = 0  # hidden width of an expert at granularity 1; 0: model.d_ff
+  # so many times as many experts, and as many active, each moe.d_ff / granularity wide
+  config.model.moe.granularity = 1
+  config.model.moe.num_shared = 0  # experts that see every token
+  config.model.moe.output_norm = False
+  config.model.moe.dispatch = 'fused'  # fused, sorted, einsum
+  config.model.moe.exchange = 'auto'  # between devices: auto, local, all_gather
+  config.model.moe.router = ConfigDict({'name': 'top_k', 'k': 2})  # and that router's own options
+  config.model.moe.losses = ConfigDict({'balance': 0.01, 'z': 0.001})  # coefficients by name
+
+  config.optim = ConfigDict()
+  config.optim.schedule = 'cosine'  # cosine, trapezoid, rsqrt, constant
+  config.optim.learning_rate = 1e-3  # the peak
+  config.optim.warmup_steps = 100
+  config.optim.cooldown_steps = 0  # trapezoid and rsqrt: linear to final_fraction at the end
+  config.optim.timescale = 10_000.0  # rsqrt, in steps
+  config.optim.final_fraction = 0.1  # of the peak, when all steps are done
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.95
+  config.optim.eps = 1e-8
+  config.optim.weight_decay = 0.1
+  config.optim.clip_norm = 1.0  # of the global gradient; 0: off
+  config.optim.bias_rate = 0.0  # loss-free balancing: step of the router bias; 0: off
+
+  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1})  # devices an axis; -1: the rest
+  config.eval = ConfigDict({'every': 200, 'batches': 8})  # every 0: never
+  config.checkpoint = ConfigDict({'every': 500, 'keep': 2})  # every 0: at the end only
+  config.log = ConfigDict({'every': 10, 'tensorboard': True})
+  return config

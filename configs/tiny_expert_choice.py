@@ -1,0 +1,28 @@
+"""A two-minute masked language model whose experts choose their tokens, on real text."""
+
+from configs import common
+
+
+def get_config():
+  config = common.get_config()
+  config.steps = 300
+  config.batch_size = 16
+  config.data.name = 'wiki6'
+  config.data.objective = 'masked'
+  config.data.sequence_length = 256
+  config.model.kind = 'encoder'
+  config.model.d_model = 128
+  config.model.num_layers = 4
+  config.model.num_heads = 4
+  config.model.d_ff = 256
+  config.model.moe.layers = 'every_2'
+  config.model.moe.num_experts = 8
+  config.model.moe.d_ff = 256
+  config.model.moe.router = {'name': 'expert_choice', 'capacity_factor': 2.0, 'group': 'sequence'}
+  config.model.moe.losses = {'z': 0.001}
+  config.optim.learning_rate = 3e-3
+  config.optim.warmup_steps = 30
+  config.eval.every = 100
+  config.eval.batches = 10
+  config.checkpoint.every = 100
+  return config

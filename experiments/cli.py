@@ -1,0 +1,212 @@
+"""The command line that every program shares.
+
+  python -m experiments.train --config configs/x.py[:arg] [--config.key=value ...] [--workdir DIR]
+
+A .py config is executed, so it must be a file of this machine. A .json config, such as the config.json that every
+run leaves in its workdir, is only read; with --workdir alone that config.json is the config.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import workdir as workdirs
+from experiments.errors import BadInput, ExperimentError
+from experiments.schema import unknown_key
+from experiments.settings import Settings
+
+_OPEN_SECTIONS = ('model.moe.router', 'model.moe.losses')  # their keys are a router's, a loss's
+_TYPE_NAMES = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a str'}
+
+_USAGE = """usage: python -m {program} --config FILE.py[:arg] [--config.key=value ...] [--workdir DIR]
+
+  --config FILE.py[:arg]  a file with get_config(), such as configs/common.py; or a run's config.json
+  --config.key=value      overrides one setting, such as --config.optim.learning_rate=1e-3
+  --workdir DIR           where the run writes, and resumes from; without it runs/<config>-<date-time>
+"""
+
+
+def parse(
+  argv: list[str],
+  program: str,
+  define: Callable[[flags.FlagValues], None] | None = None,
+) -> tuple[Settings, dict[str, Any], Path, dict[str, Any]]:
+  """Settings, the resolved config as a plain dict, the workdir (not yet made), and the program's own flags.
+
+  Args:
+    argv: as sys.argv: the first is the program's file.
+    program: its module name, for the usage text, such as 'experiments.train'.
+    define: adds the program's own flags to a FlagValues.
+
+  Raises:
+    BadInput: one sentence; nothing was written and no device was touched.
+    SystemExit: with 0, after --help.
+  """
+  own, rest = _parse_own(argv, program, define)
+  path, given = own.pop('config'), own.pop('workdir')
+  if not path and given and workdirs.config_path(Path(given)).is_file():
+    path = str(workdirs.config_path(Path(given)))
+  if not path:
+    raise BadInput(
+      f'--config is missing: usage: python -m {program} --config FILE.py [--workdir DIR]'
+    )
+  config = _override(_load(path), rest)
+  settings = Settings.from_config(config)
+  file, _, argument = path.partition(':')
+  name = '-'.join(filter(None, (Path(file).stem, argument)))
+  workdir = Path(given) if given else workdirs.fresh(name)
+  return settings, config.to_dict(), workdir, own
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+  """Runs a program; the errors of experiments.errors become one sentence and their exit code."""
+  try:
+    code = main(sys.argv)
+  except ExperimentError as error:
+    print(error, file=sys.stderr)
+    code = error.exit_code
+  sys.exit(code or 0)
+
+
+def _parse_own(
+  argv: list[str], program: str, define: Callable[[flags.FlagValues], None] | None
+) -> tuple[dict[str, Any], list[str]]:
+  """Values of --config, --workdir and the program's own flags, and the rest of `argv`: the overrides."""
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  for name in ('config', 'workdir'):
+    flags.DEFINE_string(name, '', '', flag_values=values)
+  flags.DEFINE_boolean('help', False, '', flag_values=values)
+  if define:
+    define(values)
+  rest = _parse_flags(values, argv, known_only=True)
+  if values.help:
+    own = [name for name in values if name not in ('config', 'workdir', 'help')]
+    lines = [f'  --{name:<21} {values[name].help}\n' for name in own]
+    print(_USAGE.format(program=program) + ''.join(lines), end='')
+    sys.exit(0)
+  named = {name: value for name, value in values.flag_values_dict().items() if name != 'help'}
+  for argument in rest[1:]:
+    key = argument.lstrip('-').partition('=')[0]
+    if argument.startswith('-') and not _override_key(argument):
+      raise BadInput(
+        unknown_key(f'--{key}', [f'--{name}' for name in [*named, 'config.key=value']])
+      )
+  return named, rest
+
+
+def _parse_flags(values: flags.FlagValues, argv: list[str], known_only: bool = False) -> list[str]:
+  try:
+    return values(argv, known_only=known_only)
+  except flags.Error as error:
+    raise BadInput(_one_line(error)) from error
+
+
+def _load(path: str) -> ConfigDict:
+  """The config of FILE.py[:arg], executed, or of FILE.json, read."""
+  name, colon, argument = path.partition(':')
+  file = Path(name)
+  if file.suffix not in ('.py', '.json'):
+    raise BadInput(
+      f'--config={path} is not accepted: it must be a .py or .json file of this machine'
+    )
+  if not file.is_file():
+    raise BadInput(f'--config={path} is not accepted: there is no file {file}')
+  if file.suffix == '.json':
+    return ConfigDict(workdirs.read_json(file))
+  config = _execute(file, (argument,) if colon else ())
+  if not isinstance(config, ConfigDict):
+    kind = type(config).__name__
+    raise BadInput(f'{file}: get_config() must return an ml_collections.ConfigDict, not a {kind}')
+  return config
+
+
+def _execute(file: Path, arguments: tuple[str, ...]) -> Any:
+  spec = importlib.util.spec_from_file_location('config_file', file)
+  assert spec is not None and spec.loader is not None  # a .py file has both
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    get_config = getattr(module, 'get_config', None)
+    if get_config is None:
+      raise BadInput(f'--config={file} is not a config: it has no function get_config')
+    return get_config(*arguments)
+  except BadInput:
+    raise
+  except (
+    Exception
+  ) as error:  # whatever a user's file may raise becomes one sentence that says where
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [str(frame.lineno) for frame in frames if frame.filename == str(file)]
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+      lines.append(str(error.lineno))
+    where = f'{file}, line {lines[-1]}' if lines else f'{file}'
+    raise BadInput(f'{where}: {type(error).__name__}: {_one_line(error)}') from error
+
+
+def _override(config: ConfigDict, argv: list[str]) -> ConfigDict:
+  """`config` with the values of `--config.key=value` arguments."""
+  accepted = _keys(config)
+  for argument in argv[1:]:
+    key = _override_key(argument)
+    if key and key not in accepted and key.rpartition('.')[0] not in _OPEN_SECTIONS:
+      raise BadInput(unknown_key(key, accepted))
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  try:
+    config_flags.DEFINE_config_dict(
+      'config',
+      config,
+      flag_values=values,
+      lock_config=False,
+      accept_new_attributes=True,
+      sys_argv=argv,
+    )
+    left = values(argv)
+  except flags.IllegalFlagValueError as error:
+    raise BadInput(_type_sentence(config, argv, error)) from error
+  except flags.Error as error:
+    raise BadInput(_one_line(error)) from error
+  if left[1:]:
+    raise BadInput(f'{left[1]!r} is not accepted: settings are given as --config.key=value')
+  return values.config
+
+
+def _override_key(argument: str) -> str:
+  """'optim.b1' of '--config.optim.b1=0.9'; empty for other arguments."""
+  match = re.match(r'--?(?:no)?config\.([^=]*)', argument)
+  return match[1] if match else ''
+
+
+def _keys(config: ConfigDict, prefix: str = '') -> list[str]:
+  keys = []
+  for name, value in config.items():
+    keys.append(f'{prefix}{name}')
+    if isinstance(value, ConfigDict):
+      keys += _keys(value, f'{prefix}{name}.')
+  return keys
+
+
+def _type_sentence(config: ConfigDict, argv: list[str], error: flags.IllegalFlagValueError) -> str:
+  """'steps='x' is not accepted: it must be an integer', from absl's 'flag --config.steps=x: ...'."""
+  match = re.match(r'flag --config\.([^=]+)=(.*?): ', str(error), re.DOTALL)
+  if not match:
+    return _one_line(error)
+  value = config
+  for name in match[1].split('.'):
+    value = value[name]
+  accepted = _TYPE_NAMES.get(type(value), "a section, as in {'name': 'top_k'}")
+  return f'{match[1]}={match[2]!r} is not accepted: it must be {accepted}'
+
+
+def _one_line(error: BaseException) -> str:
+  return ' '.join(str(error).split())

@@ -1,0 +1,92 @@
+"""Evaluates a trained model, inside a training run or as a program on its checkpoints.
+
+  python -m experiments.evaluate --workdir DIR [--config.eval.batches=100]
+
+prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from experiments import cli
+from experiments.build import Experiment, assemble
+from experiments.checkpoint import Checkpoints
+from experiments.data import Stream
+from experiments.errors import BadInput
+from experiments.place import place_batch
+from experiments.settings import Settings
+from experiments.state import ModelDef
+from experiments.step import make_eval_step
+
+
+class Evaluation:
+  """Mean loss and accuracy over the first batches of a stream; compiled once.
+
+  Args:
+    definition: the model.
+    stream: evaluation stream, one pass in a fixed order.
+    mesh: where batches go.
+    batches: at most so many.
+    bits_per_byte: report this too, of a causal model on bytes.
+  """
+
+  def __init__(
+    self, definition: ModelDef, stream: Stream, mesh: Mesh, batches: int, bits_per_byte: bool
+  ):
+    self._step = jax.jit(make_eval_step(definition))
+    self._stream = stream
+    self._mesh = mesh
+    self._batches = min(batches, stream.num_batches)
+    self._bits_per_byte = bits_per_byte
+
+  def __call__(self, params: Any, routing: Any) -> dict[str, float]:
+    """eval_loss in nats a prediction, eval_accuracy, and for byte-level text eval_bits_per_byte."""
+    loss = correct = count = 0.0
+    for index in range(self._batches):
+      batch = place_batch(self._mesh, self._stream.batch(index))
+      sums = jax.device_get(self._step(params, routing, batch))
+      loss, correct, count = (
+        loss + float(sums.loss),
+        correct + float(sums.correct),
+        count + float(sums.count),
+      )
+    result = {'eval_loss': loss / max(count, 1), 'eval_accuracy': correct / max(count, 1)}
+    if self._bits_per_byte:
+      result['eval_bits_per_byte'] = result['eval_loss'] / math.log(2)
+    return result
+
+
+def make_evaluation(settings: Settings, parts: Experiment) -> Evaluation:
+  """The evaluation that `settings.eval` asks for."""
+  return Evaluation(
+    parts.definition,
+    parts.eval_stream,
+    parts.mesh,
+    settings.eval.batches,
+    bits_per_byte=settings.data.objective == 'causal' and settings.data.tokenizer == 'bytes',
+  )
+
+
+def main(argv: list[str]) -> int:
+  settings, _, folder, _ = cli.parse(argv, 'experiments.evaluate')
+  parts = assemble(settings)
+  restored = None
+  if (folder / 'checkpoints').is_dir():
+    with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
+      restored = checkpoints.restore(parts.abstract)
+  if restored is None:
+    raise BadInput(f'--workdir={folder} has no checkpoint to evaluate')
+  state, _ = restored
+  evaluate = make_evaluation(settings, parts)
+  print(json.dumps({'step': int(state.step), **evaluate(state.params, state.routing)}))
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,236 @@
+"""An experiment's settings as frozen, checked dataclasses. Defaults live in configs/common.py, and only there.
+
+`Settings.from_config(config)` checks everything that can be checked without a device: keys, types, ranges, and
+the rules that tie settings together. Below experiments/ no ConfigDict is seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from experiments.errors import BadInput
+from experiments.schema import Rule, read, refuse
+
+_at_least_1 = Rule('at least 1', lambda value: value >= 1)
+_at_least_2 = Rule('at least 2', lambda value: value >= 2)
+_not_negative = Rule('0 or more', lambda value: value >= 0)
+_positive = Rule('more than 0', lambda value: value > 0)
+_fraction = Rule('between 0 and 1', lambda value: 0 <= value <= 1)
+_below_one = Rule('at least 0 and less than 1', lambda value: 0 <= value < 1)
+_seed = Rule('between 0 and 4294967295', lambda value: 0 <= value < 2**32)
+_step_count = Rule('between 1 and 2147483647', lambda value: 1 <= value < 2**31)
+_filled = Rule('a name', lambda value: bool(value.strip()))
+_axis = Rule(
+  'at least 1, or -1 for all devices that are left', lambda value: value >= 1 or value == -1
+)
+_layers = Rule(
+  "'none', 'all', 'every_2', 'last_half' or layer indices such as '4,5'",
+  lambda value: re.fullmatch(r'none|all|every_[1-9]\d*|last_half|\d+(,\d+)*', value) is not None,
+)
+
+# objectives that a model of this kind can be trained on
+_OBJECTIVES = {'decoder': ('causal',), 'encoder': ('masked',), 'vit': ('classify',)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+  name: Annotated[str, _filled]
+  objective: Literal['causal', 'masked', 'classify']
+  sequence_length: Annotated[int, _at_least_1]
+  tokenizer: Annotated[str, _filled]
+  mask_rate: Annotated[float, _fraction]
+  data_dir: str
+  allow_changed_stream: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MoESettings:
+  layers: Annotated[str, _layers]
+  num_experts: Annotated[int, _at_least_1]
+  d_ff: Annotated[int, _not_negative]  # resolved: never 0 after from_config
+  granularity: Annotated[int, _at_least_1]
+  num_shared: Annotated[int, _not_negative]
+  output_norm: bool
+  dispatch: Literal['fused', 'sorted', 'einsum']
+  exchange: Literal['auto', 'local', 'all_gather']
+  router: dict[str, Any]  # 'name' and that router's own options
+  losses: dict[str, Annotated[float, _not_negative]]  # coefficients by name of the loss
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  kind: Literal['decoder', 'encoder', 'vit']
+  d_model: Annotated[int, _at_least_1]
+  num_layers: Annotated[int, _at_least_1]
+  num_heads: Annotated[int, _at_least_1]
+  num_kv_heads: Annotated[int, _not_negative]  # resolved: never 0 after from_config
+  head_dim: Annotated[int, _not_negative]  # resolved: never 0 after from_config
+  d_ff: Annotated[int, _at_least_1]
+  activation: Literal['silu', 'gelu', 'relu', 'relu2']
+  gated: bool
+  qk_norm: bool
+  tie_embeddings: bool
+  patch_size: Annotated[int, _at_least_1]
+  dtype: Literal['auto', 'float32', 'bfloat16']
+  remat: Literal['none', 'full', 'dots']
+  moe: MoESettings
+
+  @property
+  def moe_layers(self) -> tuple[int, ...]:
+    """Indices of the layers that are mixtures of experts, ascending."""
+    return moe_layers(self.moe.layers, self.num_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSettings:
+  schedule: Literal['cosine', 'trapezoid', 'rsqrt', 'constant']
+  learning_rate: Annotated[float, _positive]
+  warmup_steps: Annotated[int, _not_negative]
+  cooldown_steps: Annotated[int, _not_negative]
+  timescale: Annotated[float, _positive]
+  final_fraction: Annotated[float, _fraction]
+  b1: Annotated[float, _below_one]
+  b2: Annotated[float, _below_one]
+  eps: Annotated[float, _positive]
+  weight_decay: Annotated[float, _not_negative]
+  clip_norm: Annotated[float, _not_negative]
+  bias_rate: Annotated[float, _not_negative]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+  data: Annotated[int, _axis]
+  fsdp: Annotated[int, _axis]
+  expert: Annotated[int, _axis]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+  every: Annotated[int, _not_negative]
+  batches: Annotated[int, _at_least_1]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+  every: Annotated[int, _not_negative]
+  keep: Annotated[int, _at_least_2]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+  every: Annotated[int, _at_least_1]
+  tensorboard: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Everything a run depends on, beside the code."""
+
+  seed: Annotated[int, _seed]
+  steps: Annotated[int, _step_count]
+  batch_size: Annotated[int, _at_least_1]
+  microbatches: Annotated[int, _at_least_1]
+  allow_leak: bool
+  profile: bool
+  data: DataSettings
+  model: ModelSettings
+  optim: OptimSettings
+  mesh: MeshSettings
+  eval: EvalSettings
+  checkpoint: CheckpointSettings
+  log: LogSettings
+
+  @classmethod
+  def from_config(cls, config: Any) -> Settings:
+    """Settings of a ConfigDict, or of a dict such as config.json holds.
+
+    num_kv_heads, head_dim and moe.d_ff, where 0 stands for "as usual", have their values in the result.
+
+    Raises:
+      BadInput: one sentence with the key, its value and what is accepted.
+    """
+    values = config.to_dict() if hasattr(config, 'to_dict') else config
+    if not isinstance(values, Mapping):
+      raise BadInput(f'a config must be a ConfigDict or a dict, not a {type(config).__name__}')
+    settings = read(cls, values)
+    _check_model(settings.model)
+    _check_together(settings)
+    return dataclasses.replace(settings, model=_resolved(settings.model))
+
+
+def moe_layers(pattern: str, num_layers: int) -> tuple[int, ...]:
+  """Layer indices that `pattern` names: every_N is the last of each N layers, last_half rounds down."""
+  if pattern == 'none':
+    return ()
+  if pattern == 'last_half':
+    return tuple(range(num_layers - num_layers // 2, num_layers))
+  if pattern == 'all' or pattern.startswith('every_'):
+    every = int(pattern.removeprefix('every_')) if pattern != 'all' else 1
+    return tuple(range(every - 1, num_layers, every))
+  return tuple(sorted(int(index) for index in pattern.split(',')))
+
+
+def _check_model(model: ModelSettings) -> None:
+  if not model.head_dim:
+    _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads)
+  if model.num_kv_heads:
+    _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
+  moe, layers = model.moe, model.moe_layers
+  if moe.layers == 'none':
+    return
+  if not layers or layers[-1] >= model.num_layers or len(set(layers)) < len(layers):
+    text = f'distinct layers of the {model.num_layers} there are (model.num_layers)'
+    raise refuse('model.moe.layers', moe.layers, text)
+  if moe.d_ff:
+    _divides('model.moe.d_ff', moe.d_ff, 'model.moe.granularity', moe.granularity)
+  else:
+    _divides('model.d_ff', model.d_ff, 'model.moe.granularity', moe.granularity)
+  _check_router(moe)
+
+
+def _check_router(moe: MoESettings) -> None:
+  """The options that many routers share; the others are checked by the router when it is made."""
+  name, k = moe.router.get('name'), moe.router.get('k', 1)
+  if not isinstance(name, str) or not name:
+    raise refuse('model.moe.router.name', name, 'the name of a router')
+  if type(k) is not int or not 1 <= k <= moe.num_experts:
+    raise refuse(
+      'model.moe.router.k', k, f'an integer from 1 to model.moe.num_experts={moe.num_experts}'
+    )
+  factor = moe.router.get('capacity_factor', 1.0)
+  if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 0:
+    raise refuse('model.moe.router.capacity_factor', factor, 'a number, 0 or more')
+
+
+def _check_together(settings: Settings) -> None:
+  _divides('batch_size', settings.batch_size, 'microbatches', settings.microbatches)
+  kind, objective = settings.model.kind, settings.data.objective
+  if objective not in _OBJECTIVES[kind]:
+    accepted = f'{" or ".join(_OBJECTIVES[kind])} for model.kind={kind!r}'
+    raise refuse('data.objective', objective, accepted)
+  axes = {name: size for name, size in vars(settings.mesh).items() if size == -1}
+  if len(axes) > 1:
+    raise BadInput(
+      f'only one mesh axis can be -1, the devices that are left, and here {", ".join(axes)} are'
+    )
+  moe, shards = settings.model.moe, settings.mesh.expert
+  experts = moe.num_experts * moe.granularity
+  if moe.layers != 'none' and shards > 1 and experts % shards:
+    raise BadInput(f'num_experts={experts} does not divide over mesh axis expert={shards}')
+
+
+def _divides(key: str, value: int, divisor_key: str, divisor: int) -> None:
+  if value % divisor:
+    raise refuse(key, value, f'a multiple of {divisor_key}={divisor}')
+
+
+def _resolved(model: ModelSettings) -> ModelSettings:
+  return dataclasses.replace(
+    model,
+    num_kv_heads=model.num_kv_heads or model.num_heads,
+    head_dim=model.head_dim or model.d_model // model.num_heads,
+    moe=dataclasses.replace(model.moe, d_ff=model.moe.d_ff or model.d_ff),
+  )

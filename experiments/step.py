@@ -1,0 +1,180 @@
+"""The training step and the evaluation step: pure functions of state and batch.
+
+A batch becomes `Totals`, sums over tokens; the loss is a function of the totals of the whole step. Microbatches
+add their totals *before* the loss is taken, inside the gradient, so accumulation changes neither the loss nor the
+gradient of any auxiliary loss, and a balance loss sees the expert loads of the whole step ("global-batch" in
+Qiu et al. 2025, "Demons in the detail"). The price is one more forward pass, since each microbatch is recomputed in
+the backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.state import ModelDef, TrainState
+from moejax.arrays import RoutingStats
+from moejax.moe.controllers import balance_biases
+from moejax.moe.losses import LOSSES, weighted_losses
+from moejax.moe.metrics import routing_metrics
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Totals:
+  """Sums over the predicted tokens (or images), and over layers' routing `[L, ...]` (None without mixtures)."""
+
+  loss: jax.Array
+  correct: jax.Array
+  count: jax.Array
+  stats: RoutingStats | None
+
+
+def totals(model, batch: Batch, rng: jax.Array | None, train: bool) -> Totals:
+  """Cross-entropy of one batch, summed over what is to be predicted.
+
+  Text: tokens, targets, segment_ids, positions and loss_mask `[B, S]`. Images: image `[B, I, J, Q]`, label `[B]`, and
+  in evaluation valid `[B]`.
+  """
+  if 'image' in batch:
+    logits, stats = model(batch['image'], rng=rng, train=train)
+    targets, predicted = batch['label'], batch.get('valid', jnp.ones(batch['label'].shape, bool))
+  else:
+    logits, stats = model(
+      batch['tokens'],
+      positions=batch['positions'],
+      segment_ids=batch['segment_ids'],
+      mask=batch['segment_ids'] > 0,
+      rng=rng,
+      train=train,
+    )
+    targets, predicted = batch['targets'], batch['loss_mask']
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return Totals(
+    loss=jnp.where(predicted, loss, 0).sum(),
+    correct=(predicted & (logits.argmax(-1) == targets)).sum(dtype=jnp.float32),
+    count=predicted.sum(dtype=jnp.float32),
+    stats=stats,
+  )
+
+
+def make_train_step(
+  definition: ModelDef,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  microbatches: int,
+  losses: Mapping[str, float],
+  bias_rate: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The step `(state, batch) -> (state, metrics)`; a pure function, to be compiled with the state donated.
+
+  Args:
+    definition: the model.
+    optimizer: of optax.
+    seed: of the routers' noise; the key of a step is a function of seed and step alone.
+    microbatches: how many parts the batch is worked on in.
+    losses: auxiliary losses, name -> coefficient, added up over layers.
+    bias_rate: of the loss-free balancing controller; 0 for none.
+
+  A step whose loss or gradient is not finite changes nothing but the counters.
+  """
+
+  def objective(params, routing, batch, rng):
+    sums = sum_over_microbatches(definition, params, routing, batch, rng, microbatches)
+    loss = sums.loss / jnp.maximum(sums.count, 1)
+    auxiliary = {} if sums.stats is None else layer_losses(sums.stats, losses)
+    return loss + sum(value.sum() for value in auxiliary.values()), sums
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    (total, sums), grads = gradient(state.params, state.routing, batch, rng)
+    norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    routing = state.routing
+    if bias_rate and sums.stats is not None:
+      routing = balance_biases(routing, sums.stats.chosen_e, bias_rate)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    new = (optax.apply_updates(state.params, updates), routing, opt_state)
+    old = (state.params, state.routing, state.opt_state)
+    params, routing, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    bad = (~finite).astype(jnp.int32)
+    state = TrainState(
+      step=state.step + 1,
+      params=params,
+      routing=routing,
+      opt_state=opt_state,
+      skipped=state.skipped + bad,
+      skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    )
+    metrics = {
+      **summary(sums),
+      'total_loss': total,
+      'grad_norm': norm,
+      'skipped': state.skipped,
+      'skipped_in_a_row': state.skipped_in_a_row,
+    }
+    return state, metrics
+
+  return step
+
+
+def sum_over_microbatches(
+  definition: ModelDef, params: Any, routing: Any, batch: Batch, rng: jax.Array, microbatches: int
+) -> Totals:
+  """Totals of the batch. Of several parts, only the totals and the key stay in memory from one to the next."""
+
+  def one(params, part, rng):
+    return totals(definition.model(params, routing), part, rng, train=True)
+
+  if microbatches == 1:
+    return one(params, batch, rng)
+
+  def split(x):
+    # part m takes the rows m, m + M, ...: every device keeps the rows it has
+    return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
+
+  parts = jax.tree.map(split, batch)
+  keys = jax.random.split(rng, microbatches)
+  first = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], parts), keys[0])
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+
+  def add(sums, part_and_key):
+    return jax.tree.map(jnp.add, sums, jax.checkpoint(one)(params, *part_and_key)), None
+
+  return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+def layer_losses(stats: RoutingStats, coefficients: Mapping[str, float]) -> Metrics:
+  """Name -> `[L]`, the weighted losses of every layer."""
+  return jax.vmap(lambda one: weighted_losses(one, dict(coefficients)))(stats)
+
+
+def summary(sums: Totals) -> Metrics:
+  """What is reported of a step: scalars, per-layer `[L]` and the loads `[L, E]`. Losses without coefficient, means
+  over layers."""
+  count = jnp.maximum(sums.count, 1)
+  metrics = {'loss': sums.loss / count, 'accuracy': sums.correct / count}
+  if sums.stats is None:
+    return metrics
+  for name in ('balance', 'z'):
+    metrics[f'{name}_loss'] = jax.vmap(LOSSES[name])(sums.stats).mean()
+  return metrics | jax.vmap(routing_metrics)(sums.stats)
+
+
+def make_eval_step(definition: ModelDef) -> Callable[[Any, Any, Batch], Totals]:
+  """`(params, routing, batch) -> Totals`: no noise, evaluation capacities."""
+
+  def step(params: Any, routing: Any, batch: Batch) -> Totals:
+    return totals(definition.model(params, routing), batch, None, train=False)
+
+  return step

@@ -1,0 +1,195 @@
+"""Trains a model. Reads top to bottom: config, mesh, data, model, state, steps, evaluation, checkpoint, report.
+
+  python -m experiments.train --config configs/tiny.py [--config.key=value ...] [--workdir DIR]
+
+Running the same command again resumes from the last checkpoint of DIR.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import cli, workdir
+from experiments.build import Experiment, assemble, training_flops
+from experiments.checkpoint import Checkpoints
+from experiments.data import check_fingerprint, prefetch
+from experiments.errors import NonFiniteError
+from experiments.evaluate import make_evaluation
+from experiments.log import make_writer
+from experiments.place import place_batch
+from experiments.progress import Progress, compiling
+from experiments.report import write_report
+from experiments.schedules import make_schedule
+from experiments.settings import Settings
+from experiments.state import TrainState
+from experiments.step import make_train_step
+from moejax.transformer.flops import count_params
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+def main(argv: list[str]) -> int:
+  settings, config, folder, _ = cli.parse(argv, 'experiments.train')
+  parts = assemble(settings)
+  step_fn = make_train_step(
+    parts.definition,
+    parts.optimizer,
+    seed=settings.seed,
+    microbatches=settings.microbatches,
+    losses=settings.model.moe.losses,
+    bias_rate=settings.optim.bias_rate,
+  )
+  schedule = make_schedule(settings.optim, settings.steps)
+  evaluate = make_evaluation(settings, parts)
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(workdir.opened(folder, config))
+    checkpoints = stack.enter_context(
+      Checkpoints(folder / 'checkpoints', keep=settings.checkpoint.keep)
+    )
+    state, first_step = restore_or_init(checkpoints, parts, settings)
+    announce(folder, state, parts, first_step)
+    meta = {'config': config, 'data': parts.train_stream.fingerprint}
+    batches = prefetch(parts.train_stream, first_step, settings.steps)
+    stack.enter_context(contextlib.closing(batches))
+    writer = stack.enter_context(contextlib.closing(make_writer(folder, settings.log, first_step)))
+    stop = stack.enter_context(stop_requested())
+    progress = stack.enter_context(contextlib.closing(make_progress(settings, parts, first_step)))
+    compiled = None
+
+    for step, batch in zip(range(first_step, settings.steps), batches, strict=True):
+      batch = place_batch(parts.mesh, batch)
+      if compiled is None:
+        with compiling('the training step'), progress.paused():
+          compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
+      with profiled(settings.profile and step - first_step == 5, folder):
+        state, metrics = compiled(state, batch)
+      done = step + 1
+      last = done == settings.steps
+      if last or is_due(settings.log.every, done):
+        metrics = jax.device_get(metrics)
+        refuse_non_finite(metrics, step)
+        metrics['learning_rate'] = schedule(
+          step - metrics['skipped']
+        )  # skipped steps are no updates
+        timed = progress.update(done, float(metrics['loss']))
+        if last or is_due(settings.eval.every, done):
+          with progress.paused():
+            metrics |= evaluate(state.params, state.routing)
+        writer.write(step, metrics, timed)
+      else:
+        progress.update(done)
+      if last or stop.requested or is_due(settings.checkpoint.every, done):
+        checkpoints.save(done, state, meta)
+      if stop.requested and not last:
+        progress.note(f'Stopped after step {done} as asked; the same command goes on from here')
+        break
+
+  write_report(folder)
+  print(f'Report: {folder / "report.html"}', file=sys.stderr)
+  return 0
+
+
+def is_due(every: int, done: int) -> bool:
+  """Whether something that happens every so many steps (0: never) happens after `done` of them."""
+  return every > 0 and done % every == 0
+
+
+def restore_or_init(
+  checkpoints: Checkpoints, parts: Experiment, settings: Settings
+) -> tuple[TrainState, int]:
+  """The state to go on from, and its step.
+
+  Raises:
+    DataMismatch: the data stream is not the one that the run began with.
+  """
+  restored = checkpoints.restore(parts.abstract)
+  if restored is None:
+    return parts.init(), 0
+  state, meta = restored
+  if not settings.data.allow_changed_stream:
+    check_fingerprint(meta['data'], parts.train_stream.fingerprint)
+  return state, int(state.step)
+
+
+def make_progress(settings: Settings, parts: Experiment, first_step: int) -> Progress:
+  """Progress in tokens, or in images."""
+  per_record = 1 if parts.train_stream.image_shape else settings.data.sequence_length
+  return Progress(
+    settings.steps,
+    first_step,
+    tokens_per_step=settings.batch_size * per_record,
+    flops_per_step=training_flops(settings, parts.train_stream),
+    device_kind=parts.mesh.devices.flat[0].device_kind,
+    num_devices=parts.mesh.size,
+  )
+
+
+def announce(folder: Path, state: TrainState, parts: Experiment, first_step: int) -> None:
+  """One line about what is going to happen."""
+  count = count_params(state.params)['total']
+  stream, mesh = parts.train_stream, parts.mesh
+  print(
+    f'{folder}: {f"resuming at step {first_step}" if first_step else "starting"}; {count:,} parameters on '
+    f'{mesh.size} x {mesh.devices.flat[0].device_kind}; {stream.num_records:,} records of '
+    f'{stream.fingerprint["dataset"]}',
+    file=sys.stderr,
+  )
+
+
+def refuse_non_finite(metrics: dict[str, Any], step: int) -> None:
+  """Ends a run whose last steps were all skipped; the last checkpoint is good.
+
+  Raises:
+    NonFiniteError: too many in a row.
+  """
+  in_a_row = int(metrics['skipped_in_a_row'])
+  if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    raise NonFiniteError(
+      f'loss or gradient was not finite in {in_a_row} steps in a row, the last at step {step}: lower '
+      'optim.learning_rate or look at the data of these steps'
+    )
+
+
+class Stop:
+  """Whether somebody asked the run to end."""
+
+  requested = False
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Stop]:
+  """Turns the first SIGTERM or Ctrl-C into a clean end after the step; the second one ends at once."""
+  stop = Stop()
+
+  def ask(number, frame):
+    stop.requested = True
+    signal.signal(number, previous[number])
+
+  previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def profiled(on: bool, folder: Path) -> Iterator[None]:
+  """Writes a trace of what runs inside to `folder/profile`."""
+  if not on:
+    yield
+    return
+  with jax.profiler.trace(str(folder / 'profile'), create_perfetto_trace=True):
+    yield
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,169 @@
+"""The training step: accumulation, meshes and bad steps change what they should and nothing else."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments.place import place_batch
+from experiments.state import ModelDef, make_state
+from experiments.step import layer_losses, make_eval_step, make_train_step
+from moejax import MoE
+from moejax.mesh.make import AXES, make_mesh
+from moejax.moe.exchange import AllGather, single
+from moejax.moe.losses import LOSSES
+from moejax.transformer import Decoder
+
+B, S, V = 32, 8, 16
+ROUTER = {'name': 'top_k', 'k': 2, 'balance_bias': True, 'weighting': 'sigmoid_norm'}
+ALL_LOSSES = dict.fromkeys(LOSSES, 0.5)  # far larger than usual, so that a wrong one shows
+
+
+def batch(seed=0, rows=B):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, V, (rows, S + 1)).astype(np.int32)
+  lengths = rng.integers(3, S + 1, (rows, 1))
+  real = np.arange(S)[None] < lengths  # rows of unlike length: means of means would be wrong
+  return {
+    'tokens': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'segment_ids': real.astype(np.int32),
+    'positions': np.broadcast_to(np.arange(S, dtype=np.int32), (rows, S)).copy(),
+    'loss_mask': real,
+  }
+
+
+def make(mesh=None, optimizer=None, *, microbatches=1, bias_rate=0.0, losses=ALL_LOSSES):
+  """State, step and batch placement of a two-layer mixture on one device or on a mesh."""
+  exchange = single if mesh is None else AllGather(mesh, AXES)
+  mesh = mesh or make_mesh(devices=jax.devices()[:1])
+  moe = functools.partial(MoE, 8, 12, 4, dict(ROUTER), losses={}, exchange=exchange)
+  definition = ModelDef(
+    lambda rngs: Decoder(
+      V, 8, 2, 2, 16, moe=lambda rngs: moe(rngs=rngs), moe_layers=(0, 1), rngs=rngs
+    )
+  )
+  optimizer = optimizer or optax.sgd(1.0)
+  init, _, optimizer = make_state(definition, lambda params: optimizer, mesh, jax.random.key(0))
+  step = make_train_step(
+    definition, optimizer, seed=0, microbatches=microbatches, losses=losses, bias_rate=bias_rate
+  )
+  return init(), jax.jit(step), functools.partial(place_batch, mesh)
+
+
+def check_close(got, want, tolerance=1e-5):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-2)
+
+
+@pytest.fixture(scope='module')
+def one_step():
+  """A plain gradient step on 32 sequences at once."""
+  state, step, place = make(bias_rate=0.1)
+  return state, *step(state, place(batch()))
+
+
+@pytest.mark.parametrize('microbatches', [4, 8])
+def test_accumulation_changes_neither_the_loss_nor_any_auxiliary_gradient(one_step, microbatches):
+  """1 x 32 = 4 x 8 = 8 x 4: gradients (the parameters after SGD), biases and every metric."""
+  before, want, want_metrics = one_step
+  state, step, place = make(microbatches=microbatches, bias_rate=0.1)
+  got, metrics = step(state, place(batch()))
+  check_close(got.params, want.params)
+  check_close(got.routing, want.routing, 0)
+  check_close(metrics, want_metrics)
+  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), want.params, before.params)
+  assert min(jax.tree.leaves(moved)) > 1e-6
+
+
+def test_the_mean_of_microbatch_losses_would_be_another_gradient(one_step):
+  """The control: eight sequences alone give other balance losses than all 32."""
+  state, step, place = make(bias_rate=0.1)
+  part = {key: value[:8] for key, value in batch().items()}
+  _, metrics = step(state, place(part))
+  assert abs(float(metrics['balance_loss']) - float(one_step[2]['balance_loss'])) > 1e-4
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 1, 4), (2, 2, 2)])
+def test_a_mesh_changes_nothing(one_step, sizes):
+  mesh = make_mesh(*sizes, devices=jax.devices())
+  state, step, place = make(mesh, bias_rate=0.1)
+  check_close(state.params, one_step[0].params, 1e-6)
+  got, metrics = step(state, place(batch()))
+  check_close(got.params, one_step[1].params)
+  check_close(got.routing, one_step[1].routing, 0)
+  check_close(metrics, one_step[2])
+
+
+def test_the_controller_moves_every_bias_against_its_load(one_step):
+  before, after, metrics = one_step
+  (bias_le,) = jax.tree.leaves(after.routing)
+  assert np.abs(np.asarray(jax.tree.leaves(before.routing)[0])).max() == 0
+  load_le = np.asarray(metrics['load'])
+  np.testing.assert_allclose(bias_le, 0.1 * np.sign(0.25 - load_le), atol=1e-7)
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_a_bad_step_changes_nothing_but_the_counters(one_step):
+  """A token outside the vocabulary makes the loss NaN: skipped, counted, and the next step is as if it had not been."""
+  state, step, place = make(optimizer=optax.adam(1e-2), bias_rate=0.1)
+  bad = batch(1)
+  bad['tokens'][0, 0] = V + 5
+  skipped, metrics = step(state, place(bad))
+  assert not np.isfinite(float(metrics['total_loss']))
+  for name in ('params', 'routing', 'opt_state'):
+    jax.tree.map(np.testing.assert_array_equal, getattr(skipped, name), getattr(state, name))
+  assert (int(skipped.step), int(skipped.skipped), int(skipped.skipped_in_a_row)) == (1, 1, 1)
+  again, _ = step(skipped, place(bad))
+  assert (int(again.skipped), int(again.skipped_in_a_row)) == (2, 2)
+  good, _ = step(again, place(batch()))
+  assert (int(good.step), int(good.skipped), int(good.skipped_in_a_row)) == (3, 2, 0)
+  want, _ = step(state, place(batch()))
+  jax.tree.map(np.testing.assert_array_equal, good.params, want.params)
+
+
+def test_losses_add_up_over_layers_with_their_coefficients(one_step):
+  _, _, metrics = one_step
+  state, step, place = make(losses={})
+  _, plain = step(state, place(batch()))
+  assert float(plain['total_loss']) == pytest.approx(float(plain['loss']), rel=1e-6)
+  assert float(metrics['loss']) == pytest.approx(float(plain['loss']), rel=1e-6)
+  assert float(metrics['total_loss']) > float(metrics['loss']) + 0.5
+
+
+def test_evaluation_sums_only_what_is_to_be_predicted():
+  definition = ModelDef(lambda rngs: Decoder(V, 8, 2, 2, 16, rngs=rngs))
+  params, routing = definition.init(jax.random.key(0))
+  one = batch(2, rows=4)
+  sums = make_eval_step(definition)(params, routing, jax.tree.map(jnp.asarray, one))
+  logits, stats = definition.model(params, routing)(
+    jnp.asarray(one['tokens']), segment_ids=jnp.asarray(one['segment_ids'])
+  )
+  assert stats is None
+  assert sums.stats is None
+  logp = np.asarray(jax.nn.log_softmax(logits))
+  picked = np.take_along_axis(logp, one['targets'][..., None], -1)[..., 0]
+  assert float(sums.count) == one['loss_mask'].sum()
+  assert float(sums.loss) == pytest.approx(-picked[one['loss_mask']].sum(), rel=1e-5)
+  right = (logp.argmax(-1) == one['targets'])[one['loss_mask']].sum()
+  assert float(sums.correct) == right
+
+
+def test_every_loss_is_reported_a_layer():
+  state, step, place = make()
+  del step, place
+  stats = jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape)), _stats_of_one())
+  losses = layer_losses(stats, ALL_LOSSES)
+  assert set(losses) == set(LOSSES)
+  assert {value.shape for value in losses.values()} == {(3,)}
+  assert int(state.step) == 0
+
+
+def _stats_of_one():
+  layer = MoE(8, 12, 4, rngs=nnx.Rngs(0))
+  return layer(jnp.ones((1, 2, 8)))[1].stats

@@ -1,0 +1,203 @@
+"""The training program as a whole: it learns, resumes to the bit, and refuses what cannot be run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import train
+from experiments.errors import BadInput, DataError
+from experiments.log import read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+  '--config=configs/tiny.py',
+  '--config.steps=12',
+  '--config.batch_size=8',
+  '--config.data.sequence_length=32',
+  '--config.model.d_model=16',
+  '--config.model.num_layers=2',
+  '--config.model.num_heads=2',
+  '--config.model.d_ff=16',
+  '--config.model.moe.d_ff=16',
+  '--config.model.moe.num_experts=4',
+  '--config.log.every=1',
+  '--config.eval.every=6',
+  '--config.eval.batches=2',
+  '--config.checkpoint.every=3',
+  '--config.log.tensorboard=False',
+]
+
+pytestmark = pytest.mark.usefixtures('standard_promotion')
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def run(workdir, *arguments):
+  return train.main(['train.py', *SMALL, f'--workdir={workdir}', *arguments])
+
+
+def lines(workdir):
+  """metrics.jsonl without what depends on the clock."""
+  return [
+    {k: v for k, v in line.items() if k != 'time'} for line in read_lines(workdir / 'metrics.jsonl')
+  ]
+
+
+def digests(workdir, step):
+  """sha256 of every leaf of the state after `step` steps."""
+  meta = workdir / 'checkpoints' / str(step) / 'meta' / 'metadata'
+  return json.loads(meta.read_text())['leaves']
+
+
+def test_a_run_that_breaks_and_is_started_again_is_the_unbroken_run(tmp_path, monkeypatch):
+  """An error at step 7, a checkpoint at 6: every later number and every bit of the state is as if nothing had been."""
+  run(tmp_path / 'whole')
+  place, calls = train.place_batch, []
+
+  def break_at_7(mesh, batch):
+    calls.append(batch)
+    if len(calls) == 8:
+      raise RuntimeError('the power is gone')
+    return place(mesh, batch)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'place_batch', break_at_7)
+    with pytest.raises(RuntimeError, match='the power is gone'):
+      run(tmp_path / 'broken')
+  assert len(lines(tmp_path / 'broken')) == 7
+  run(tmp_path / 'broken')
+  assert lines(tmp_path / 'broken') == lines(tmp_path / 'whole')
+  assert [line['step'] for line in lines(tmp_path / 'whole')] == list(range(12))
+  assert digests(tmp_path / 'broken', 12) == digests(tmp_path / 'whole', 12)
+  report = (tmp_path / 'whole' / 'report.html').read_text()
+  assert '<svg' in report
+  assert 'http' not in report.replace('http://www.w3.org', '')  # self-contained
+
+  # the same folder refuses other data and another model, and says which key
+  with pytest.raises(BadInput, match='model.d_ff=32 here and 16 there'):
+    run(tmp_path / 'whole', '--config.model.d_ff=32')
+  with pytest.raises((BadInput, DataError), match='seed'):
+    run(tmp_path / 'whole', '--config.seed=1')
+  assert lines(tmp_path / 'whole') == lines(tmp_path / 'broken')
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_and_started_again_is_the_unbroken_run(tmp_path):
+  """SIGKILL while it trains, then SIGTERM while it trains, then to the end: in processes of their own."""
+  steps = ['--config.steps=40', '--config.checkpoint.every=5']
+
+  def start(workdir):
+    command = [sys.executable, '-m', 'experiments.train', *SMALL, *steps, f'--workdir={workdir}']
+    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+  def wait_for_line(workdir, count, process):
+    while len(read_lines(workdir / 'metrics.jsonl')) < count:
+      assert process.poll() is None, process.stderr.read()
+      time.sleep(0.01)
+
+  process = start(tmp_path / 'whole')
+  _, errors = process.communicate()
+  assert process.returncode == 0, errors
+
+  broken = tmp_path / 'broken'
+  process = start(broken)
+  wait_for_line(broken, 8, process)
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+
+  process = start(broken)
+  wait_for_line(broken, 14, process)
+  process.terminate()
+  _, errors = process.communicate()
+  assert process.returncode == 0, errors
+  assert 'resuming at step' in errors
+
+  process = start(broken)
+  _, errors = process.communicate()
+  assert process.returncode == 0, errors
+  assert lines(broken) == lines(tmp_path / 'whole')
+  assert digests(broken, 40) == digests(tmp_path / 'whole', 40)
+
+
+BAD = {
+  'misspelt key': (['--config.modle.d_model=8'], 'modle.d_model.* did you mean'),
+  'wrong type': (['--config.steps=many'], "steps='many' is not accepted: it must be an integer"),
+  'k above E': (['--config.model.moe.router.k=5'], r'router\.k=5 .* from 1 to .*num_experts=4'),
+  'experts over the mesh': (
+    ['--config.mesh.expert=8', '--config.mesh.data=1'],
+    'num_experts=4 does not divide over mesh axis expert=8',
+  ),
+  'batch over the mesh': (
+    ['--config.batch_size=12'],
+    'batch_size=12 .* does not divide over the 8 devices',
+  ),
+  'mesh over the devices': (['--config.mesh.data=3'], 'does not fit 8 devices'),
+  'leaking router': (
+    ["--config.model.moe.router={'name': 'expert_choice'}"],
+    "lets a token see later ones.*accepted are model.moe.router.group='position', or allow_leak=True",
+  ),
+  'leaking capacity': (
+    ['--config.model.moe.router.capacity_factor=1.0', '--config.model.moe.router.priority=score'],
+    "lets a token see later ones.*priority='token_major'",
+  ),
+  'negative size': (['--config.model.d_model=-8'], 'model.d_model=-8 .* at least 1'),
+  'unknown data': (['--config.data.name=wiki7'], 'wiki7.*wiki6'),
+  'unknown router': (
+    ["--config.model.moe.router={'name': 'topk'}"],
+    "router name='topk': accepted are .*; did you mean 'top_k'",
+  ),
+  'unknown option': (
+    ['--config.model.moe.router.capacity_facter=1.0'],
+    "option 'capacity_facter' of router 'top_k'.*did you mean 'capacity_factor'",
+  ),
+  'dead router': (
+    ['--config.model.moe.router.k=1', '--config.model.moe.router.weighting=softmax_topk_norm'],
+    "makes every weight 1 and the router's gradient zero",
+  ),
+  'unknown schedule': (['--config.optim.schedule=cosin'], "schedule='cosin'.*cosine, trapezoid"),
+  'unknown loss': (
+    ['--config.model.moe.losses.balanse=1.0'],
+    "loss 'balanse': accepted are .*balance",
+  ),
+  'no such config': (['--config=configs/none.py'], 'there is no file configs/none.py'),
+  'not a config': (['--config=experiments/place.py'], 'has no function get_config'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_sentence_and_nothing_is_written(case, tmp_path):
+  arguments, message = BAD[case]
+  with pytest.raises(BadInput, match=message) as caught:
+    run(tmp_path / 'new', *arguments)
+  assert caught.value.exit_code == 2
+  assert '\n' not in str(caught.value)
+  assert not (tmp_path / 'new').exists()
+
+
+def test_an_unwritable_workdir_is_refused_before_anything_is_computed(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(Exception, match='cannot be written') as caught:
+    run(tmp_path / 'file' / 'below')
+  assert caught.value.exit_code in (2, 15)
+
+
+def test_a_leak_that_is_asked_for_is_trained(tmp_path):
+  """allow_leak=True: the demonstration of the leak needs it."""
+  run(
+    tmp_path / 'leak',
+    "--config.model.moe.router={'name': 'expert_choice'}",
+    '--config.allow_leak=True',
+    '--config.steps=2',
+  )
+  assert len(lines(tmp_path / 'leak')) == 2
