@@ -9,23 +9,15 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 
-
-def _record(*static: str):
-  """Class decorator: a frozen dataclass whose fields are pytree children, except the `static` ones."""
-
-  def register(cls):
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    data = [n for n in names if n not in static]
-    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
-
-  return register
+STATIC = {'static': True}  # a field that is part of the type, not of the data
 
 
-@_record('train')
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Context:
   """What a router may look at besides `x`. Absent fields are None.
 
@@ -41,10 +33,11 @@ class Context:
   token_ids: Array | None = None
   positions: Array | None = None
   rng: Array | None = None
-  train: bool = False
+  train: bool = dataclasses.field(default=False, metadata=STATIC)
 
 
-@_record()
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Scores:
   """What a router thinks of each (token, expert) pair; float32 or wider, all `[B, S, E]`.
 
@@ -63,7 +56,8 @@ class Scores:
   load: Array | None = None
 
 
-@_record('num_experts', 'groups')
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Assignment:
   """R rows of (token, expert, weight): every sparse method, token choice and expert choice alike.
 
@@ -82,11 +76,12 @@ class Assignment:
   expert: Array
   weight: Array
   chosen: Array
-  num_experts: int
-  groups: int = 1
+  num_experts: int = dataclasses.field(metadata=STATIC)
+  groups: int = dataclasses.field(default=1, metadata=STATIC)
 
 
-@_record()
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SoftPlan:
   """Dense dispatch and combine tensors of the soft methods, both `[..., S, E, P]`.
 
@@ -97,7 +92,8 @@ class SoftPlan:
   combine: Array
 
 
-@_record()
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RoutingStats:
   """Sums over real tokens: the stats of two batches add up to the stats of the joined batch.
 
@@ -129,7 +125,8 @@ class RoutingStats:
   unrouted: Array
 
 
-@_record()
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Aux:
   """What a layer returns beside `y`.
 
@@ -144,8 +141,7 @@ class Aux:
   stats: RoutingStats
 
 
-
-
-def replace(record, **changes):
-  """A copy of a record with some fields changed."""
-  return dataclasses.replace(record, **changes)
+def wide_dtype(dtype) -> jnp.dtype:
+  """float32 for narrower floats, the type itself for float32 and float64: what routers and losses run in."""
+  dtype = jnp.dtype(dtype)
+  return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)

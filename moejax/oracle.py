@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -30,11 +31,13 @@ def moe(
   x_td = x.reshape(-1, x.shape[-1])
   y_td = jnp.zeros_like(x_td)
   for e, expert in enumerate(experts):
-    for t in range(x_td.shape[0]):
-      weight = jnp.where((plan.token == t) & (plan.expert == e), plan.weight, 0).sum()
-      routed = ((plan.token == t) & (plan.expert == e)).any()
-      value = jnp.where(routed, expert(x_td[t]), 0) * weight.astype(x_td.dtype)
-      y_td = y_td.at[t].add(value)
+
+    def one_token(t, e=e, expert=expert):
+      mine_r = (plan.token == t) & (plan.expert == e)
+      weight = jnp.where(mine_r, plan.weight, 0).sum().astype(x_td.dtype)
+      return jnp.where(mine_r.any(), expert(x_td[t]), 0) * weight
+
+    y_td = y_td + jax.lax.map(one_token, jnp.arange(x_td.shape[0], dtype=jnp.int32))
   return y_td.reshape(x.shape)
 
 

@@ -16,12 +16,13 @@ def capacity(num_tokens: int, num_experts: int, k: int, factor: float) -> int:
   return min(num_tokens, max(1, math.ceil(factor * k * num_tokens / num_experts - 1e-9)))
 
 
-def rank_within_expert(expert_r: Int[Array, ' R'], num_experts: int) -> Int[Array, ' R']:
-  """How many earlier rows want the same expert: a stable sort instead of an `[R, E]` cumulative sum."""
-  order_r = jnp.argsort(expert_r, stable=True)
-  sizes = jnp.bincount(expert_r, length=num_experts + 1)
+def rank_within(bin_r: Int[Array, ' R'], num_bins: int) -> Int[Array, ' R']:
+  """How many earlier rows fall in the same bin (the same expert, say): a stable sort instead of an `[R, E]`
+  cumulative sum. A bin of index `num_bins` collects what is not wanted."""
+  order_r = jnp.argsort(bin_r, stable=True)
+  sizes = jnp.bincount(bin_r, length=num_bins + 1)
   starts = jnp.cumsum(sizes) - sizes
-  rank_sorted_r = jnp.arange(expert_r.size, dtype=jnp.int32) - starts[expert_r[order_r]].astype(jnp.int32)
+  rank_sorted_r = jnp.arange(bin_r.size, dtype=jnp.int32) - starts[bin_r[order_r]].astype(jnp.int32)
   return jnp.zeros_like(rank_sorted_r).at[order_r].set(rank_sorted_r, unique_indices=True)
 
 
@@ -46,13 +47,13 @@ def keep_within_capacity(
   """
   num_tokens, k = expert_tk.shape
   if priority == 'token_major':
-    return (rank_within_expert(expert_tk.reshape(-1), num_experts) < limit).reshape(num_tokens, k)
+    return (rank_within(expert_tk.reshape(-1), num_experts) < limit).reshape(num_tokens, k)
   if order_t is None:
     permutation_t = jnp.arange(num_tokens)
   else:
     permutation_t = jnp.argsort(-order_t, stable=True)
   queue_kt = expert_tk[permutation_t].T
-  keep_kt = (rank_within_expert(queue_kt.reshape(-1), num_experts) < limit).reshape(k, num_tokens)
+  keep_kt = (rank_within(queue_kt.reshape(-1), num_experts) < limit).reshape(k, num_tokens)
   return jnp.zeros((num_tokens, k), bool).at[permutation_t].set(keep_kt.T, unique_indices=True)
 
 

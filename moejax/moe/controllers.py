@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,3 +23,36 @@ def balance_bias(
   """
   step = jnp.sign(chosen_e.mean(-1, keepdims=True) - chosen_e)
   return bias_e + jnp.asarray(rate, bias_e.dtype) * step.astype(bias_e.dtype)
+
+
+def balance_biases(routing: Any, chosen_le: Float[Array, 'L E'], rate: float) -> Any:
+  """`balance_bias` for every router of a model.
+
+  Args:
+    routing: pure dict of the model's router state; its leaves are biases `[repeats, E]`, one for each mixture in
+      the repeated unit of a segment (moejax/transformer/stack.py).
+    chosen_le: as in `balance_bias`, in layer order.
+    rate: see `balance_bias`.
+  """
+  leaves, structure = jax.tree.flatten(routing)
+  segments = _segments(routing)
+  first, new = 0, []
+  for size in (
+    segments
+  ):  # the blocks of a unit take turns: layers first, first + size, ... are the first block's
+    block_leaves = leaves[len(new) : len(new) + size]
+    repeats = block_leaves[0].shape[0]
+    chosen_rse = chosen_le[first : first + repeats * size].reshape(repeats, size, -1)
+    new += [balance_bias(leaf, chosen_rse[:, i], rate) for i, leaf in enumerate(block_leaves)]
+    first += repeats * size
+  return jax.tree.unflatten(structure, new)
+
+
+def _segments(routing: Any) -> list[int]:
+  """How many biases each stacked segment holds, in layer order."""
+  counts: dict[str, int] = {}
+  for path, _ in jax.tree_util.tree_leaves_with_path(routing):
+    names = [str(key.key) for key in path]
+    segment = names[names.index('segments') + 1]
+    counts[segment] = counts.get(segment, 0) + 1
+  return list(counts.values())

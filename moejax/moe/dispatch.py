@@ -6,12 +6,13 @@ a value. `fused` is the fast one, `sorted_rows` the flow in plain sight, `einsum
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.arrays import Assignment, replace
+from moejax.arrays import Assignment
 from moejax.moe.experts import Experts
 
 Dispatch = Callable[[Array, Assignment, Experts], Array]
@@ -23,7 +24,7 @@ def dispatch(
   """Rows sorted by expert: `(x_rd, group_sizes_e, assignment in that order)`; dropped rows come last."""
   order_r = jnp.argsort(assignment.expert, stable=True)
   group_sizes_e = jnp.bincount(assignment.expert, length=assignment.num_experts + 1)[:-1]
-  in_order = replace(
+  in_order = dataclasses.replace(
     assignment,
     token=assignment.token[order_r],
     expert=assignment.expert[order_r],

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from moejax.arrays import Assignment, replace
+from moejax.arrays import Assignment
 from moejax.moe.dispatch import Dispatch
 from moejax.moe.experts import Experts
 
@@ -109,9 +109,7 @@ class AllGather:
       local = experts.num_experts // expert_shards
       first = jax.lax.axis_index(self.expert_axis) * local
       assignment = _own_experts(assignment, first, local)
-      y_td = dispatch(
-        gathered_td, assignment, nnx.merge(graphdef, _vary(weights, data_axes))
-      )
+      y_td = dispatch(gathered_td, assignment, nnx.merge(graphdef, _vary(weights, data_axes)))
       return jax.lax.psum_scatter(y_td, axes, scatter_dimension=0, tiled=True)
 
     rows = P(data_axes) if aligned and data_axes else P()
@@ -141,24 +139,26 @@ def _vary(weights, axes: tuple[str, ...]):
 
 def _renumber(assignment: Assignment, first_token, groups: int) -> Assignment:
   """Global token indices -> indices into this shard's tokens."""
-  return replace(assignment, token=assignment.token - first_token, groups=groups)
+  return dataclasses.replace(assignment, token=assignment.token - first_token, groups=groups)
 
 
 def _share_out(assignment: Assignment, shard, shards: int) -> Assignment:
   """Drops all rows but every `shards`-th: each data shard works on its share."""
   mine_r = jnp.arange(assignment.token.size, dtype=jnp.int32) % shards == shard
-  return _keep(replace(assignment, groups=1), mine_r)
+  return _keep(dataclasses.replace(assignment, groups=1), mine_r)
 
 
 def _own_experts(assignment: Assignment, first, local: int) -> Assignment:
   """Drops the rows of other devices' experts and renumbers the own ones from 0."""
   own_r = (assignment.expert >= first) & (assignment.expert < first + local)
   own = _keep(assignment, own_r)
-  return replace(own, expert=jnp.where(own_r, assignment.expert - first, local), num_experts=local)
+  return dataclasses.replace(
+    own, expert=jnp.where(own_r, assignment.expert - first, local), num_experts=local
+  )
 
 
 def _keep(assignment: Assignment, keep_r: Array) -> Assignment:
-  return replace(
+  return dataclasses.replace(
     assignment,
     expert=jnp.where(keep_r, assignment.expert, assignment.num_experts),
     weight=jnp.where(keep_r, assignment.weight, 0),

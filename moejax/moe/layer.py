@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -19,6 +18,7 @@ from moejax.moe.metrics import routing_metrics
 from moejax.moe.stats import routing_stats
 from moejax.routers import Router, make_router
 from moejax.routers.router import as_batch
+from moejax.transformer.linear import RMSNorm
 
 
 class MoE(nnx.Module):
@@ -66,7 +66,12 @@ class MoE(nnx.Module):
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
-    sizes = {'d_model': d_model, 'd_ff': d_ff, 'num_experts': num_experts, 'granularity': granularity}
+    sizes = {
+      'd_model': d_model,
+      'd_ff': d_ff,
+      'num_experts': num_experts,
+      'granularity': granularity,
+    }
     for key, value in sizes.items():
       if value < 1:
         raise ValueError(f'{key}={value}: accepted are integers from 1')
@@ -76,7 +81,9 @@ class MoE(nnx.Module):
       raise ValueError(f'granularity={granularity} does not divide d_ff={d_ff}')
     num_experts, d_ff = num_experts * granularity, d_ff // granularity
     if not isinstance(router, Router):
-      router = _make_router(router, granularity, d_model=d_model, num_experts=num_experts, rngs=rngs)
+      router = _make_router(
+        router, granularity, d_model=d_model, num_experts=num_experts, rngs=rngs
+      )
     if router.num_experts != num_experts:
       raise ValueError(f'router of {router.num_experts} experts in a layer of {num_experts}')
     losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
@@ -85,7 +92,7 @@ class MoE(nnx.Module):
     self.router = router
     self.experts = Experts(d_model, d_ff, num_experts, **bank, rngs=rngs)
     self.shared = Experts(d_model, num_shared * d_ff, 1, **bank, rngs=rngs) if num_shared else None
-    self.output_scale = nnx.Param(jnp.ones(d_model, jnp.float32)) if output_norm else None
+    self.output_norm = RMSNorm(d_model, dtype=dtype) if output_norm else None
     self.losses = tuple(sorted(losses.items()))
     self.dispatch = dispatch
     self.exchange = exchange
@@ -104,13 +111,15 @@ class MoE(nnx.Module):
     """
     x_bsd, context = as_batch(x, context)
     if context.mask is not None:
-      x_bsd = jnp.where(context.mask[..., None], x_bsd, 0)  # whatever padding holds, it goes nowhere
+      x_bsd = jnp.where(
+        context.mask[..., None], x_bsd, 0
+      )  # whatever padding holds, it goes nowhere
     scores, plan = self.router.route(x_bsd, context)
     y_bsd = self._mix(x_bsd, plan) if isinstance(plan, SoftPlan) else self._send(x_bsd, plan)
     if self.shared is not None:
       y_bsd = y_bsd + self.shared.slots(x_bsd[:, None])[:, 0]
-    if self.output_scale is not None:
-      y_bsd = _rms_norm(y_bsd, self.output_scale[...])
+    if self.output_norm is not None:
+      y_bsd = self.output_norm(y_bsd)
     if context.mask is not None:
       y_bsd = jnp.where(context.mask[..., None], y_bsd, 0)
     stats = routing_stats(scores, plan, context)
@@ -138,12 +147,7 @@ def _make_router(router: str | Mapping[str, Any], granularity: int, **sizes) -> 
   elif granularity > 1 and name == 'expert_choice':
     options['capacity_factor'] = options.get('capacity_factor', 1) * granularity
   elif granularity > 1 and name in ('switch', 'gshard'):
-    raise ValueError(f'granularity={granularity} with router {name!r}: its k is fixed; accepted is top_k')
+    raise ValueError(
+      f'granularity={granularity} with router {name!r}: its k is fixed; accepted is top_k'
+    )
   return make_router(name, **sizes, **options)
-
-
-def _rms_norm(x: Array, scale_d: Array) -> Array:
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  mean_square = jnp.mean(wide * wide, -1, keepdims=True)
-  normal = wide * jax.lax.rsqrt(mean_square + jnp.asarray(1e-6, wide.dtype))
-  return (normal * scale_d.astype(wide.dtype)[None, None]).astype(x.dtype)

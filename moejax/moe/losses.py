@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 from jax.scipy.special import entr
+from jaxtyping import Array, Float
 
 from moejax.arrays import RoutingStats
 
@@ -89,7 +89,8 @@ def weighted_losses(stats: RoutingStats, coefficients: dict[str, float]) -> dict
   """
   check_losses(coefficients)
   return {
-    name: LOSSES[name](stats) * jnp.asarray(value, stats.z.dtype) for name, value in coefficients.items()
+    name: LOSSES[name](stats) * jnp.asarray(value, stats.z.dtype)
+    for name, value in coefficients.items()
   }
 
 

@@ -49,7 +49,9 @@ def make_router(name: str, *, d_model: int, num_experts: int, rngs: nnx.Rngs, **
 def router_options(name: str) -> tuple[str, ...]:
   """Names of the options that a router takes beside d_model, num_experts and rngs."""
   if name not in ROUTERS:
-    raise ValueError(f'router name={name!r}: accepted are {", ".join(router_names())}{_nearest(name, ROUTERS)}')
+    raise ValueError(
+      f'router name={name!r}: accepted are {", ".join(router_names())}{_nearest(name, ROUTERS)}'
+    )
   own: dict[str, None] = {}
   takes_top_k_options = False
   for parameter in inspect.signature(ROUTERS[name]).parameters.values():

@@ -6,8 +6,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 from jax.scipy.stats import norm
+from jaxtyping import Array, Float
 
 from moejax.arrays import Context, Scores
 
@@ -29,14 +29,18 @@ class TokenAffinity:
   ) -> Scores:
     noisy_bse, load_bse = logits_bse, None
     if std is not None:
-      noise = jax.random.normal(jax.random.fold_in(context.rng, 2), logits_bse.shape, logits_bse.dtype)
+      noise = jax.random.normal(
+        jax.random.fold_in(context.rng, 2), logits_bse.shape, logits_bse.dtype
+      )
       noisy_bse = logits_bse + std * noise
       load_bse = load_probability(logits_bse, noisy_bse, std, self.k)
     gate_bse = _squash(self.function, noisy_bse)
     probs_bse = _squash(self.function, logits_bse)
     if self.function == 'sigmoid':
       probs_bse = probs_bse / jnp.maximum(probs_bse.sum(-1, keepdims=True), 1e-20)
-    select_bse = noisy_bse if bias_e is None else gate_bse + bias_e.astype(gate_bse.dtype)[None, None]
+    select_bse = (
+      noisy_bse if bias_e is None else gate_bse + bias_e.astype(gate_bse.dtype)[None, None]
+    )
     return Scores(logits_bse, select_bse, gate_bse, probs_bse, load_bse)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax.arrays import Assignment, Context, Scores, SoftPlan
+from moejax.arrays import Assignment, Context, Scores, SoftPlan, wide_dtype
 
 
 class RouterBias(nnx.Variable):
@@ -27,6 +27,8 @@ class Flags:
     deterministic_eval: with `train=False`, no randomness.
     trains_router: the task loss has a gradient in the router's parameters.
     needs_ids: the router reads `context.token_ids`.
+    stays_in_sequence: no row of an assignment leaves its sequence, so that a batch may be cut between
+      sequences without an exchange.
   """
 
   prefix_safe_train: bool
@@ -35,6 +37,7 @@ class Flags:
   deterministic_eval: bool = True
   trains_router: bool = True
   needs_ids: bool = False
+  stays_in_sequence: bool = True
 
   @property
   def prefix_safe(self) -> bool:
@@ -77,7 +80,7 @@ class Router(nnx.Module):
 
   def scores(self, x_bsd: Float[Array, 'B S D'], context: Context) -> Scores:
     """Router logits and what follows from them, float32 or wider whatever the type of `x`."""
-    logits, std = self.scorer(widen(x_bsd), context)
+    logits, std = self.scorer(x_bsd.astype(wide_dtype(x_bsd.dtype)), context)
     bias = None if self.bias is None else jax.lax.stop_gradient(self.bias[...])
     return self.affinity(logits, std, bias, context)
 
@@ -111,8 +114,3 @@ def as_batch(x: Array, context: Context | None) -> tuple[Array, Context]:
 
   fields = {name: flat(name) for name in ('mask', 'token_ids', 'positions')}
   return x.reshape(-1, num_positions, width), dataclasses.replace(context, **fields)
-
-
-def widen(x: Array) -> Array:
-  """At least float32: routers, softmaxes and losses never run narrower."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -35,7 +35,9 @@ class LinearScorer(nnx.Module):
     rngs: nnx.Rngs,
   ):
     std = d_model**-0.5 if init_std is None else init_std
-    kernel = nnx.initializers.truncated_normal(std)(rngs.params(), (d_model, num_experts), jnp.float32)
+    kernel = nnx.initializers.truncated_normal(std)(
+      rngs.params(), (d_model, num_experts), jnp.float32
+    )
     self.kernel = nnx.Param(kernel)
     self.noise_std = noise_std
     self.jitter = jitter

@@ -180,7 +180,7 @@ def top_k(
   _check_name('capacity_group', capacity_group, ('batch', 'sequence'))
   _check_name('second_policy', second_policy, SECOND_POLICIES)
   if second_policy != 'all' and k != 2:
-    raise ValueError(f"second_policy={second_policy!r} with k={k}: accepted with k=2 only")
+    raise ValueError(f'second_policy={second_policy!r} with k={k}: accepted with k=2 only')
   function, weights = WEIGHTINGS[weighting]
   limit = None
   if capacity_factor is not None:
@@ -209,7 +209,9 @@ def top_k(
   )
 
 
-def switch(*, capacity_factor: float | None = 1.25, eval_capacity_factor: float | None = 2.0, **options) -> Router:
+def switch(
+  *, capacity_factor: float | None = 1.25, eval_capacity_factor: float | None = 2.0, **options
+) -> Router:
   """Switch routing: `top_k` with one choice weighted by its softmax probability (Fedus et al. 2021).
 
   Options as in `top_k`; capacity 1.25 in training and 2.0 in evaluation, position order.
@@ -252,7 +254,9 @@ def _check(num_experts: int, k: int, weighting: str, *factors: float | None) -> 
     )
   for factor in factors:
     if factor is not None and not factor > 0:
-      raise ValueError(f'capacity_factor={factor}: accepted are positive numbers, or None for dropless')
+      raise ValueError(
+        f'capacity_factor={factor}: accepted are positive numbers, or None for dropless'
+      )
 
 
 def _check_name(key: str, value: str, accepted) -> None:

@@ -1,0 +1,102 @@
+"""Where parameters lie: one table of path patterns. A parameter that no row matches, or two, is an error.
+
+A row gives the mesh axes of the last dimensions of a parameter; a leading layer axis is never sharded. The
+optimizer's moments carry their parameter's path at the end of their own and so follow the same table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Rule = tuple[str, tuple[str | None, ...]]
+
+RULES: tuple[Rule, ...] = (
+  # experts over `expert`, their model width over `fsdp`
+  (r'moe/experts/(w_gate|w_up)', ('expert', 'fsdp', None)),
+  (r'moe/experts/w_down', ('expert', None, 'fsdp')),
+  (r'moe/shared/(w_gate|w_up)', (None, 'fsdp', None)),
+  (r'moe/shared/w_down', (None, None, 'fsdp')),
+  # routers are small, and float32 on every device
+  (r'moe/router/scorer/(kernel|phi|scale)', ()),
+  (r'moe/router/bias', ()),
+  # the rest of a block: width of the model over `fsdp`
+  (r'(attention/(query|key|value)|ffn/(gate|up))/weight', ('fsdp', None)),
+  (r'(attention/out|ffn/down)/weight', (None, 'fsdp')),
+  (r'(attention/\w+|ffn/\w+)/bias', ()),
+  (r'(attention/)?\w*norm/(scale|bias)', ()),
+  (r'embed/weight', (None, 'fsdp')),
+  (r'embed/bias', ()),
+  (r'positions', ()),
+  (r'head/weight', ('fsdp', None)),
+  (r'head/bias', ()),
+)
+"""(pattern of the end of a path, mesh axes of the last dimensions)."""
+
+
+def path_name(path: Sequence[Any]) -> str:
+  """'stack/segments/0/blocks/1/moe/experts/w_up' of a key path."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
+
+
+def spec_of(name: str, ndim: int, rules: Sequence[Rule] = RULES) -> P:
+  """The partition of the parameter of this path.
+
+  Raises:
+    ValueError: no rule matches, or more than one does.
+  """
+  found = [rule for rule in rules if re.search(rf'(^|/){rule[0]}$', name)]
+  if len(found) != 1:
+    which = ' and '.join(repr(pattern) for pattern, _ in found) or 'none'
+    raise ValueError(
+      f'parameter {name} must match one rule of moejax/mesh/rules.py: it matches {which}'
+    )
+  axes = found[0][1]
+  return P(*(None,) * (ndim - len(axes)), *axes) if axes else P()
+
+
+def param_shardings(mesh: Mesh, params: Any, rules: Sequence[Rule] = RULES) -> Any:
+  """A sharding for every leaf of a pytree of (abstract) parameters.
+
+  Raises:
+    ValueError: a leaf that no rule or two rules match, or that does not divide over its axes.
+  """
+
+  def place(path, leaf):
+    name = path_name(path)
+    spec = spec_of(name, leaf.ndim, rules)
+    for size, axis in zip(leaf.shape, spec, strict=False):
+      if axis is not None and size % mesh.shape[axis]:
+        raise ValueError(
+          f'{name} of size {size} does not divide over mesh axis {axis}={mesh.shape[axis]}'
+        )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, params)
+
+
+def like_params(mesh: Mesh, tree: Any, params: Any, shardings: Any) -> Any:
+  """Shardings of a tree that holds copies of `params` (optimizer state): by path and shape, else replicated."""
+  known = {
+    path_name(path): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+    )
+  }
+
+  def place(path, leaf):
+    name = path_name(path)
+    for start in range(len(path)):
+      shape, sharding = known.get(path_name(path[start:]), (None, None))
+      if shape == leaf.shape:
+        return sharding
+    if leaf.ndim:
+      raise ValueError(f'{name} of shape {leaf.shape} follows no parameter')
+    return NamedSharding(mesh, P())
+
+  return jax.tree_util.tree_map_with_path(place, tree)
