@@ -1,0 +1,9 @@
+"""Operations on rows grouped by expert, each with its own backward and a body per platform.
+
+Every operation is a folder: `__init__` is its contract, `reference.py` the definition of correct, the other
+files are bodies (see registry.py), `cases.py` names the inputs that every body must pass.
+"""
+
+from .expert_ffn import expert_ffn as expert_ffn
+from .grouped_matmul import grouped_matmul as grouped_matmul
+from .registry import Unsupported as Unsupported

@@ -1,0 +1,113 @@
+"""`expert_ffn` for CPUs: a scan over experts, a loop over blocks of that expert's rows.
+
+Rows are gathered from `x` inside the block and added to the result at their token, so that neither the
+gathered rows nor the rows of the result exist in memory. A CPU adds them one after the other: the result
+does not depend on the number of threads.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..activations import hidden
+from ..compat import zeros_like_varying
+from ..packed import (
+  add_rows,
+  block_widths,
+  iota,
+  matmul_t,
+  overrun,
+  read,
+  rows_of_block,
+  t_matmul,
+  take,
+  walk,
+  write,
+)
+from ..registry import accumulator
+
+
+def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, save):
+  """(`y [T, D]`, pre-activations `[1 or 2, R + overrun, F]` in packed order, or None unless `save`)."""
+  acc = accumulator(x_td, w_down)
+  num_rows, num_experts = token_r.shape[0], w_down.shape[0]
+  token_r, weight_r = take(token_r, plan.order), take(weight_r, plan.order).astype(acc)
+  zeros = lambda *shape: zeros_like_varying(shape, acc, x_td)
+  pre = None
+  if save:
+    pre = zeros(len(into), num_rows + overrun(num_rows, num_experts), w_down.shape[1])
+
+  def visit_expert(carry, scanned):
+    start, end, into, w_down = scanned
+    into, w_down = [w.astype(acc) for w in into], w_down.astype(acc)
+
+    def visit_block(first, width, carry):
+      y_td, pre = carry
+      row_w, inside_w = rows_of_block(first, width, end)
+      token_w = take(token_r, row_w)
+      x_wd = take(x_td, token_w).astype(acc)
+      pre_w = tuple(x_wd @ w for w in into)
+      weight_w = jnp.where(inside_w, take(weight_r, row_w), 0)
+      y_wd = (hidden(activation, pre_w) @ w_down) * weight_w[:, None]
+      if save:
+        for i, p_wf in enumerate(pre_w):
+          at = (jnp.int32(i), first, jnp.int32(0))
+          pre = jax.lax.dynamic_update_slice(pre, p_wf[None], at)
+      return add_rows(y_td, token_w, y_wd), pre
+
+    return walk(start, end, block_widths(num_rows, num_experts), visit_block, carry), None
+
+  scanned = (plan.starts[:-1], plan.starts[1:], into, w_down)
+  (y_td, pre), _ = jax.lax.scan(visit_expert, (zeros(*x_td.shape), pre), scanned)
+  return y_td.astype(x_td.dtype), pre
+
+
+def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activation):
+  """Gradients of `x`, `weight`, `into` and `w_down`; the activation is computed again from `pre`.
+
+  The gradient of a row's weight is <dy, y_row> = <dy w_down^T, a_row>: y_row is not needed (SonicMoE,
+  arXiv 2512.14080, section 3.2).
+  """
+  acc = accumulator(x_td, w_down)
+  num_rows, num_experts = token_r.shape[0], w_down.shape[0]
+  row_token, row_weight = take(token_r, plan.order), take(weight_r, plan.order).astype(acc)
+  zeros = lambda *shape: zeros_like_varying(shape, acc, x_td)
+  # x.T @ dpre is a third slower than dpre.T @ x where x is the wider one.
+  wide = x_td.shape[1] > w_down.shape[1]
+  outer = (lambda x_wd, d_wf: t_matmul(d_wf, x_wd)) if wide else t_matmul
+  swap = jnp.transpose if wide else lambda w: w
+
+  def visit_expert(carry, scanned):
+    start, end, into_e, down_e = scanned
+    into_e, down_e = [w.astype(acc) for w in into_e], down_e.astype(acc)
+
+    def visit_block(first, width, carry):
+      dx_td, dweight_r, dinto, ddown = carry
+      row_w, inside_w = rows_of_block(first, width, end)
+      token_w = take(row_token, row_w)
+      weight_w = jnp.where(inside_w, take(row_weight, row_w), 0)[:, None]
+      x_wd, dy_wd = take(x_td, token_w).astype(acc), take(dy_td, token_w).astype(acc)
+      # Rows past the end hold what other experts saved.
+      saved = [jnp.where(inside_w[:, None], read(pre[i], first, width), 0) for i in range(len(pre))]
+      a_wf, pull = jax.vjp(lambda *pre_w: hidden(activation, pre_w), *saved)
+      da_wf = matmul_t(dy_wd, down_e)
+      dpre = pull(da_wf * weight_w)
+      dx_wd = sum(matmul_t(d, w) for d, w in zip(dpre, into_e, strict=True))
+      dweight_r = write(dweight_r, jnp.sum(a_wf * da_wf, axis=1), first)
+      dinto = [total + outer(x_wd, d) for total, d in zip(dinto, dpre, strict=True)]
+      ddown = ddown + t_matmul(a_wf * weight_w, dy_wd)
+      return add_rows(dx_td, token_w, dx_wd), dweight_r, dinto, ddown
+
+    start_dw = [zeros(*swap(w).shape) for w in into_e], zeros(*down_e.shape)
+    widths = block_widths(num_rows, num_experts)
+    *carry, dinto, ddown = walk(start, end, widths, visit_block, (*carry, *start_dw))
+    dw = tuple(swap(d).astype(w.dtype) for d, w in zip(dinto, into, strict=True))
+    return tuple(carry), (dw, ddown.astype(w_down.dtype))
+
+  packed = num_rows + overrun(num_rows, num_experts)
+  scanned = (plan.starts[:-1], plan.starts[1:], into, w_down)
+  carry = (zeros(*x_td.shape), zeros(packed))
+  (dx_td, dweight_r), (dinto, ddown) = jax.lax.scan(visit_expert, carry, scanned)
+  kept = iota(num_rows) < plan.starts[-1]
+  dweight_r = jnp.where(kept, dweight_r[:num_rows], 0).astype(weight_r.dtype)
+  dweight_r = jnp.zeros_like(dweight_r).at[plan.order].set(dweight_r, unique_indices=True)
+  return dx_td.astype(x_td.dtype), dweight_r, dinto, ddown

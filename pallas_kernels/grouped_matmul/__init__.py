@@ -1,0 +1,74 @@
+"""Grouped matmul: consecutive rows, each group times the matrix of its expert."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from .. import compat, registry
+from . import blocks, cpu
+from .reference import grouped_matmul as _reference
+
+NAMES = ('blocks', 'cpu', 'reference')
+
+
+def grouped_matmul(
+  lhs: Float[Array, 'R D'],
+  rhs: Float[Array, 'E D_in D_out'],
+  group_sizes: Int32[Array, 'E'],
+  *,
+  transpose_rhs: bool = False,
+  implementation: str | None = None,
+) -> Float[Array, 'R F']:
+  """`out[r] = lhs[r] @ rhs[e]` for the expert e whose group holds row r.
+
+  Sums are kept in float32 or wider; the result has the type of lhs. Rows past the last group are zero, in
+  value and in gradient, whatever lhs holds there.
+
+  Args:
+    lhs: rows, the group of expert 0 first.
+    rhs: `[E, D, F]`, or `[E, F, D]` with `transpose_rhs`.
+    group_sizes: rows of each expert; their sum is at most R.
+    transpose_rhs: multiply by `rhs[e].T`.
+    implementation: 'cpu', 'blocks', 'reference', or None for the best one of the platform lowered for.
+
+  Raises:
+    ValueError: an unknown implementation, or widths of lhs and rhs that differ.
+    Unsupported: a type narrower than 16 bits, or no floating type.
+  """
+  registry.check_name('grouped_matmul', implementation, NAMES)
+  registry.check_dtypes('grouped_matmul', lhs=lhs, rhs=rhs)
+  width = rhs.shape[2 if transpose_rhs else 1]
+  if width != lhs.shape[1]:
+    raise ValueError(f'rhs.shape={rhs.shape} with {transpose_rhs=} wants lhs.shape[1]={width}')
+  if implementation == 'reference':
+    return _reference(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
+  ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), lhs.shape[0])
+  starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
+  return _grouped_matmul(transpose_rhs, implementation, *compat.vary_together(lhs, rhs, starts))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_matmul(transpose_rhs, implementation, lhs, rhs, starts):
+  functions = {
+    'cpu': functools.partial(cpu.forward, transpose_rhs=transpose_rhs),
+    'blocks': functools.partial(blocks.forward, transpose_rhs=transpose_rhs),
+  }
+  return registry.run(functions, implementation, lhs, rhs, starts)
+
+
+def _forward(transpose_rhs, implementation, *args):
+  return _grouped_matmul(transpose_rhs, implementation, *args), args
+
+
+def _backward(transpose_rhs, implementation, residuals, dout):
+  functions = {
+    'cpu': functools.partial(cpu.backward, transpose_rhs=transpose_rhs),
+    'blocks': functools.partial(blocks.backward, transpose_rhs=transpose_rhs),
+  }
+  dlhs, drhs = registry.run(functions, implementation, *residuals, dout)
+  return dlhs, drhs, None
+
+
+_grouped_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,163 @@
+"""Every body of grouped_matmul in value and gradient against the dense reference, on every named case."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import Unsupported, grouped_matmul
+from pallas_kernels.grouped_matmul.cases import CASES
+from pallas_kernels.registry import accumulator
+
+BODIES = ('blocks', 'cpu')
+TOLERANCE = {'float32': 1e-5, 'float64': 1e-10}  # relative to the largest entry
+BY_NAME = {case.name: case for case in CASES}
+
+
+@functools.cache
+def value_and_gradients(implementation, transpose_rhs=False):
+  """A compiled function: arrays -> (out, gradients of lhs and rhs)."""
+
+  def loss(lhs, rhs, group_sizes):
+    options = dict(transpose_rhs=transpose_rhs, implementation=implementation)
+    out = grouped_matmul(lhs, rhs, group_sizes, **options)
+    return jnp.sum(jnp.sin(out.astype(accumulator(out)))), out
+
+  def run(arrays):
+    rhs = arrays['rhs'].swapaxes(1, 2) if transpose_rhs else arrays['rhs']
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, out), (dlhs, drhs) = gradient(arrays['lhs'], rhs, arrays['group_sizes'])
+    return {'out': out, 'lhs': dlhs, 'rhs': drhs.swapaxes(1, 2) if transpose_rhs else drhs}
+
+  jitted = jax.jit(run)
+  return lambda arrays: jitted({name: jnp.asarray(value) for name, value in arrays.items()})
+
+
+def distance(found, wanted) -> float:
+  """Largest deviation relative to the largest entry; absolute where all entries are zero."""
+  found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+  assert found.shape == wanted.shape and np.isfinite(found).all()
+  return float(np.abs(found - wanted).max() / (np.abs(wanted).max() or 1))
+
+
+def assert_equal(found, wanted, tolerance):
+  far = {name: distance(found[name], wanted[name]) for name in wanted}
+  assert max(far.values()) < tolerance, far
+
+
+def by_hand(arrays):
+  """NumPy, one row after the other."""
+  out, row = np.zeros((len(arrays['lhs']), arrays['rhs'].shape[2])), 0
+  for expert, size in enumerate(arrays['group_sizes']):
+    for _ in range(size):
+      out[row] = arrays['lhs'][row] @ arrays['rhs'][expert]
+      row += 1
+  return out
+
+
+@pytest.mark.parametrize('implementation', BODIES)
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize('dtype', TOLERANCE)
+def test_value_and_gradient_equal_the_reference(case, implementation, dtype):
+  """The rows past the last group hold NaN in every case that has such rows."""
+  with jax.enable_x64(dtype == 'float64'):
+    arrays = case.arrays(dtype)
+    wanted = value_and_gradients('reference')(arrays)
+    found = value_and_gradients(implementation)(arrays)
+    assert all(found[name].dtype == dtype for name in found)
+    assert_equal(found, wanted, TOLERANCE[dtype])
+    assert distance(found['out'], by_hand(arrays)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize('implementation', BODIES)
+def test_transposed_matrices(implementation):
+  arrays = BY_NAME['uneven with a tail'].arrays('float32')
+  wanted = value_and_gradients('reference')(arrays)
+  assert_equal(value_and_gradients(implementation, transpose_rhs=True)(arrays), wanted, 1e-5)
+
+
+@pytest.mark.parametrize('implementation', BODIES)
+def test_experts_rotated_by_one_are_far_off(implementation):
+  arrays = BY_NAME['uneven with a tail'].arrays('float32')
+  wanted = value_and_gradients('reference')(arrays)
+  found = value_and_gradients(implementation)({**arrays, 'rhs': np.roll(arrays['rhs'], 1, axis=0)})
+  assert min(distance(found[name], wanted[name]) for name in wanted) > 0.1
+
+
+@pytest.mark.parametrize('implementation', ('blocks', 'cpu', 'reference'))
+def test_rows_past_the_last_group_are_zero_in_value_and_gradient(implementation):
+  arrays = BY_NAME['uneven with a tail'].arrays('float32')
+  found = value_and_gradients(implementation)(arrays)
+  assert np.isnan(arrays['lhs'][412:]).all()
+  assert not np.asarray(found['out'])[412:].any() and not np.asarray(found['lhs'])[412:].any()
+
+
+@pytest.mark.parametrize('implementation', ('blocks', 'cpu', 'reference'))
+def test_a_nan_in_one_group_reaches_no_other(implementation):
+  arrays = BY_NAME['balanced'].arrays('float32')
+  arrays['lhs'][128] = np.nan  # the first row of expert 1
+  found = {name: np.asarray(v) for name, v in value_and_gradients(implementation)(arrays).items()}
+  others = np.delete(np.arange(512), 128)
+  assert np.isfinite(found['out'][others]).all() and np.isfinite(found['lhs'][others]).all()
+  assert np.isfinite(found['rhs'][[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize('implementation', BODIES)
+def test_bfloat16_rounds_the_result_only(implementation):
+  arrays = BY_NAME['balanced'].arrays('float32')
+  narrow = {n: jnp.asarray(arrays[n], jnp.bfloat16) for n in ('lhs', 'rhs')}
+  out = grouped_matmul(
+    narrow['lhs'],
+    narrow['rhs'],
+    jnp.asarray(arrays['group_sizes']),
+    implementation=implementation,
+  )
+  wide = {n: np.asarray(value, np.float64) for n, value in narrow.items()}
+  wanted = by_hand({**arrays, **wide})
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(out, np.float64), wanted, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize('implementation', (*BODIES, None))
+def test_rows_sharded_over_a_mesh_equal_one_device(implementation, make_mesh):
+  """check_vma=True: each device holds 128 rows in groups of its own; the matrices are shared."""
+  mesh = make_mesh(data=4, expert=2)
+  arrays = BY_NAME['balanced'].arrays('float32')
+  sizes = np.array([[128, 0, 0, 0], [30, 30, 30, 30], [0, 0, 1, 99], [1, 2, 64, 61]], np.int32)
+  matmul = functools.partial(grouped_matmul, implementation=implementation)
+  sharded = jax.shard_map(
+    lambda lhs, rhs, sizes: matmul(lhs, rhs, sizes[0]),
+    mesh=mesh,
+    in_specs=(P('data'), P(), P('data')),
+    out_specs=P('data'),
+  )
+
+  def loss(lhs, rhs):
+    out = sharded(lhs, rhs, jnp.asarray(sizes))
+    return jnp.sum(jnp.sin(out)), out
+
+  gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+  lhs, rhs = jnp.asarray(arrays['lhs']), jnp.asarray(arrays['rhs'])
+  (_, out), (dlhs, drhs) = gradient(lhs, rhs)
+  parts = [
+    value_and_gradients('reference')({**arrays, 'lhs': rows, 'group_sizes': size})
+    for rows, size in zip(np.split(arrays['lhs'], 4), sizes, strict=True)
+  ]
+  wanted = {n: np.concatenate([part[n] for part in parts]) for n in ('out', 'lhs')}
+  wanted['rhs'] = sum(np.asarray(part['rhs']) for part in parts)
+  assert_equal({'out': out, 'lhs': dlhs, 'rhs': drhs}, wanted, 1e-5)
+
+
+def test_bad_arguments_are_refused():
+  arrays = BY_NAME['one expert'].arrays('float32')
+  lhs, rhs = jnp.asarray(arrays['lhs']), jnp.asarray(arrays['rhs'])
+  sizes = jnp.asarray(arrays['group_sizes'])
+  with pytest.raises(ValueError, match="implementation='tpu'.*'blocks', 'cpu', 'reference'"):
+    grouped_matmul(lhs, rhs, sizes, implementation='tpu')
+  with pytest.raises(ValueError, match=r'rhs.shape=\(1, 8, 12\).*wants lhs.shape\[1\]=12'):
+    grouped_matmul(lhs, rhs, sizes, transpose_rhs=True)
+  with pytest.raises(Unsupported, match='lhs is float8_e5m2'):
+    grouped_matmul(lhs.astype(jnp.float8_e5m2), rhs, sizes)
