@@ -46,7 +46,7 @@ class ModelDef:
     graphs = []
 
     def split(key: jax.Array) -> tuple[Any, Any]:
-      graph, params, routing = nnx.split(make_model(nnx.Rngs(key)), nnx.Param, ...)
+      graph, params, routing = self._split(key)
       graphs.append(graph)
       return params, routing
 
@@ -55,7 +55,7 @@ class ModelDef:
 
   def init(self, key: jax.Array) -> tuple[Any, Any]:
     """Pure dicts of initial parameters and routing state."""
-    _, params, routing = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param, ...)
+    _, params, routing = self._split(key)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(routing)
 
   def model(self, params: Any, routing: Any) -> nnx.Module:
@@ -66,6 +66,11 @@ class ModelDef:
       nnx.replace_by_pure_dict(state, values)
       states.append(state)
     return nnx.merge(self._graph, *states)
+
+  def _split(self, key: jax.Array) -> tuple[Any, Any, Any]:
+    """Graph, parameters and routing state of a fresh model."""
+    graph, *states = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param, ...)
+    return graph, states[0], states[1]
 
 
 def make_state(
@@ -94,13 +99,11 @@ def make_state(
   abstract = jax.eval_shape(init, key)
   replicated = NamedSharding(mesh, P())
   params = param_shardings(mesh, abstract.params)
-  shardings = TrainState(
-    step=replicated,
+  shardings = dataclasses.replace(
+    jax.tree.map(lambda _: replicated, abstract),
     params=params,
     routing=param_shardings(mesh, abstract.routing),
     opt_state=like_params(mesh, abstract.opt_state, abstract.params, params),
-    skipped=replicated,
-    skipped_in_a_row=replicated,
   )
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

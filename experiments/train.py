@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
     progress = stack.enter_context(contextlib.closing(make_progress(settings, parts, first_step)))
     compiled = None
 
-    for step, batch in zip(range(first_step, settings.steps), batches, strict=True):
-      batch = place_batch(parts.mesh, batch)
+    for step, rows in zip(range(first_step, settings.steps), batches, strict=True):
+      batch = place_batch(parts.mesh, rows)
       if compiled is None:
         with compiling('the training step'), progress.paused():
           compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -19,7 +19,9 @@ class HasBatch(Protocol):
   def batch(self, step: int) -> Batch: ...
 
 
-def prefetch(stream: HasBatch, first_step: int, last_step: int, size: int = 2) -> Iterator[Batch]:
+def prefetch(
+  stream: HasBatch, first_step: int, last_step: int, size: int = 2
+) -> Generator[Batch, None, None]:
   """Yields the batches of steps first_step, ..., last_step - 1, up to `size` of them read ahead.
 
   An exception in `stream.batch` is raised at its step. Closing the iterator, or dropping it, ends
@@ -30,7 +32,7 @@ def prefetch(stream: HasBatch, first_step: int, last_step: int, size: int = 2) -
   return _prefetch(stream, range(first_step, last_step), size)
 
 
-def _prefetch(stream: HasBatch, steps: range, size: int) -> Iterator[Batch]:
+def _prefetch(stream: HasBatch, steps: range, size: int) -> Generator[Batch, None, None]:
   ahead: collections.deque[Future[Batch]] = collections.deque()
   remaining = iter(steps)
   with ThreadPoolExecutor(1, thread_name_prefix='prefetch') as pool:

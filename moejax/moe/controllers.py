@@ -36,7 +36,8 @@ def balance_biases(routing: Any, chosen_le: Float[Array, 'L E'], rate: float) ->
   """
   leaves, structure = jax.tree.flatten(routing)
   segments = _segments(routing)
-  first, new = 0, []
+  first = 0
+  new: list[Array] = []
   for size in (
     segments
   ):  # the blocks of a unit take turns: layers first, first + size, ... are the first block's

@@ -140,12 +140,12 @@ class MoE(nnx.Module):
 
 
 def _make_router(router: str | Mapping[str, Any], granularity: int, **sizes) -> Router:
-  options = {'name': router} if isinstance(router, str) else dict(router)
+  options: dict[str, Any] = {'name': router} if isinstance(router, str) else dict(router)
   name = options.pop('name')
   if granularity > 1 and name == 'top_k':
     options['k'] = options.get('k', 1) * granularity
   elif granularity > 1 and name == 'expert_choice':
-    options['capacity_factor'] = options.get('capacity_factor', 1) * granularity
+    options['capacity_factor'] = options.get('capacity_factor', 1.0) * granularity
   elif granularity > 1 and name in ('switch', 'gshard'):
     raise ValueError(
       f'granularity={granularity} with router {name!r}: its k is fixed; accepted is top_k'

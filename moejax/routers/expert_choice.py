@@ -30,7 +30,7 @@ def to_groups(x: Array, group: str) -> Array:
   return jnp.swapaxes(x, 0, 1)
 
 
-def from_groups(x: Array, group: str, shape: tuple[int, int]) -> Array:
+def from_groups(x: Array, group: str, shape: tuple[int, ...]) -> Array:
   """Inverse of `to_groups`; `shape` is (B, S)."""
   return jnp.swapaxes(x, 0, 1) if group == 'position' else x.reshape(*shape, *x.shape[2:])
 

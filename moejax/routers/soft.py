@@ -43,7 +43,9 @@ def normalise(x: Array, axis: int) -> Array:
   return x * jax.lax.rsqrt((x * x).sum(axis, keepdims=True) + jnp.asarray(1e-6, x.dtype))
 
 
-def slot_affinity(logits_bsep: Array, std: None, bias: None, context: Context) -> Scores:
+def slot_affinity(
+  logits_bsep: Array, std: Array | None, bias: Array | None, context: Context
+) -> Scores:
   """Per-expert view of the slot logits: an expert's probability is the combine weight of all its slots."""
   logits_bse = jax.nn.logsumexp(logits_bsep, -1)
   return Scores(logits_bse, logits_bsep, logits_bsep, jax.nn.softmax(logits_bse, -1))
