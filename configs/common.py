@@ -26,10 +26,14 @@ def get_config() -> ConfigDict:
 
   config.data = ConfigDict()
   config.data.name = 'wiki6'
+  config.data.split = 'train'  # TFDS splits and slices: train[:10%]
+  config.data.eval_split = 'validation'
   config.data.objective = 'causal'  # causal (decoder), masked (encoder), classify (vit)
   config.data.sequence_length = 256
   config.data.tokenizer = 'bytes'
   config.data.mask_rate = 0.15  # fraction of positions to predict, objective masked
+  config.data.image_size = 0  # central square scaled to this side; 0: images as they are
+  config.data.normalization = 'signed'  # of images: signed ([-1, 1]), standard (mean 0, deviation 1)
   config.data.data_dir = ''  # where prepared data sets lie; '': MOEJAX_DATA or ~/.cache/moejax/data
   config.data.allow_changed_stream = False  # resume on other data than the run began with
 

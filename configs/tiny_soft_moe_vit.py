@@ -8,6 +8,7 @@ def get_config():
   config.steps = 600
   config.batch_size = 64
   config.data.name = 'mnist5k'
+  config.data.eval_split = 'test'
   config.data.objective = 'classify'
   config.model.kind = 'vit'
   config.model.d_model = 64

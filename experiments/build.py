@@ -31,10 +31,6 @@ from moejax.transformer.flops import (
   moe_flops_per_token,
 )
 
-EVALUATION_SPLITS = {'mnist5k': 'test'}
-"""Data sets whose held-out split is not called 'validation'."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """What every program needs of an experiment.
@@ -84,7 +80,7 @@ def open_stream(settings: Settings, *, train: bool) -> Stream:
   data = settings.data
   return make_stream(
     data.name,
-    split='train' if train else EVALUATION_SPLITS.get(data.name, 'validation'),
+    split=data.split if train else data.eval_split,
     objective=data.objective,
     batch_size=settings.batch_size,
     seed=settings.seed,
@@ -95,6 +91,8 @@ def open_stream(settings: Settings, *, train: bool) -> Stream:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     train=train,
+    image_size=data.image_size or None,
+    normalization=data.normalization,
   )
 
 
@@ -132,6 +130,11 @@ def check_routing(settings: Settings) -> None:
     flags = router_flags(moe)
   except (ValueError, TypeError) as error:
     raise BadInput(f'model.moe: {error}') from error
+  if settings.optim.bias_rate and not moe.router.get('balance_bias'):
+    raise BadInput(
+      f'optim.bias_rate={settings.optim.bias_rate} with router {moe.router["name"]!r} without a bias to move: '
+      "accepted are model.moe.router={'name': 'top_k', 'balance_bias': True, ...}, or 0"
+    )
   if settings.model.kind == 'decoder' and not flags.prefix_safe and not settings.allow_leak:
     safe = {
       'expert_choice': "model.moe.router.group='position'",

@@ -38,10 +38,14 @@ _OBJECTIVES = {'decoder': ('causal',), 'encoder': ('masked',), 'vit': ('classify
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
   name: Annotated[str, _filled]
+  split: Annotated[str, _filled]
+  eval_split: Annotated[str, _filled]
   objective: Literal['causal', 'masked', 'classify']
   sequence_length: Annotated[int, _at_least_1]
   tokenizer: Annotated[str, _filled]
   mask_rate: Annotated[float, _fraction]
+  image_size: Annotated[int, _not_negative]
+  normalization: Literal['signed', 'standard']
   data_dir: str
   allow_changed_stream: bool
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from experiments import cli, workdir
-from experiments.build import Experiment, assemble, training_flops
+from experiments.build import Experiment, assemble, experts_per_token, training_flops
 from experiments.checkpoint import Checkpoints
 from experiments.data import check_fingerprint, prefetch
 from experiments.errors import NonFiniteError
@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
           compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
       with profiled(settings.profile and step - first_step == 5, folder):
         state, metrics = compiled(state, batch)
+        if settings.profile:
+          jax.block_until_ready(metrics)
       done = step + 1
       last = done == settings.steps
       if last or is_due(settings.log.every, done):
@@ -83,6 +85,8 @@ def main(argv: list[str]) -> int:
         if last or is_due(settings.eval.every, done):
           with progress.paused():
             metrics |= evaluate(state.params, state.routing)
+        if done <= settings.log.every:
+          metrics |= parameter_counts(settings, parts, state)
         writer.write(step, metrics, timed)
       else:
         progress.update(done)
@@ -130,6 +134,17 @@ def make_progress(settings: Settings, parts: Experiment, first_step: int) -> Pro
     device_kind=parts.mesh.devices.flat[0].device_kind,
     num_devices=parts.mesh.size,
   )
+
+
+def parameter_counts(settings: Settings, parts: Experiment, state: TrainState) -> dict[str, int]:
+  """All parameters, and those that work on one token: a mixture counts with the experts of a token."""
+  counts = count_params(state.params)
+  experts, moe = counts.get('moe/experts', 0), settings.model.moe
+  share = 0.0
+  if experts:
+    share = experts_per_token(settings, parts.train_stream) / (moe.num_experts * moe.granularity)
+  active = counts['total'] - round(experts * (1 - min(1.0, share)))
+  return {'parameters': counts['total'], 'active_parameters': active}
 
 
 def announce(folder: Path, state: TrainState, parts: Experiment, first_step: int) -> None:

@@ -165,6 +165,7 @@ BAD = {
     ['--config.model.moe.router.k=1', '--config.model.moe.router.weighting=softmax_topk_norm'],
     "makes every weight 1 and the router's gradient zero",
   ),
+  'nothing to balance': (['--config.optim.bias_rate=0.001'], 'bias_rate=0.001 .* without a bias'),
   'unknown schedule': (['--config.optim.schedule=cosin'], "schedule='cosin'.*cosine, trapezoid"),
   'unknown loss': (
     ['--config.model.moe.losses.balanse=1.0'],

@@ -28,7 +28,8 @@ def test_granularity_keeps_parameters_and_active_work(granularity):
   plan = layer.router(tokens())
   assert plan.token.size == 12 * granularity
   assert count(layer.router) == D * 4 * granularity
-  chooser = MoE(D, 32, 4, granularity=granularity, router='expert_choice', rngs=nnx.Rngs(0))
+  router = {'name': 'expert_choice', 'capacity_factor': 1.0}
+  chooser = MoE(D, 32, 4, router, granularity=granularity, rngs=nnx.Rngs(0))
   assert (
     chooser.router(tokens((2, 8, D))).token.size == 16 * granularity
   )  # T * G rows, T / E an expert
