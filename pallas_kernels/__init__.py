@@ -4,6 +4,9 @@ Every operation is a folder: `__init__` is its contract, `reference.py` the defi
 files are bodies (see registry.py), `cases.py` names the inputs that every body must pass.
 """
 
+from .activations import ACTIVATIONS as ACTIVATIONS
+from .activations import check_activation as check_activation
+from .activations import hidden as hidden
 from .expert_ffn import expert_ffn as expert_ffn
 from .grouped_matmul import grouped_matmul as grouped_matmul
 from .registry import Unsupported as Unsupported

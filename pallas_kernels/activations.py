@@ -18,7 +18,7 @@ def check_activation(name: str) -> None:
     ValueError: `name` is not in ACTIVATIONS.
   """
   if name not in ACTIVATIONS:
-    raise ValueError(f'activation={name!r} does not exist: use one of {sorted(ACTIVATIONS)}')
+    raise ValueError(f'activation={name!r}: accepted are {", ".join(ACTIVATIONS)}')
 
 
 def hidden(activation: str, pre: tuple[jax.Array, ...]) -> jax.Array:

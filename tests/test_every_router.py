@@ -12,8 +12,8 @@ from flax import nnx
 import moejax
 from moejax import Assignment, Context, MoE, SoftPlan, oracle
 from moejax.moe.dispatch import DISPATCHES
-from moejax.moe.weighting import WEIGHTINGS
 from moejax.routers import ROUTERS, RouterBias
+from moejax.routers.weighting import WEIGHTINGS
 
 B, S, D, E, F = 2, 5, 8, 4, 6
 

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.arrays import Assignment
-from pallas_kernels import expert_ffn, grouped_matmul
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  'gelu': jax.nn.gelu,
-  'relu': jax.nn.relu,
-  'relu2': lambda x: jnp.square(jax.nn.relu(x)),
-  'silu': jax.nn.silu,
-}
+from pallas_kernels import check_activation, expert_ffn, grouped_matmul, hidden
 
 
 class Experts(nnx.Module):
@@ -27,7 +19,7 @@ class Experts(nnx.Module):
     d_model: D.
     d_ff: F.
     num_experts: E.
-    activation: a name of `ACTIVATIONS`.
+    activation: 'silu', 'gelu', 'relu' or 'relu2'.
     gated: gated linear unit (Shazeer 2020, "GLU variants improve transformer") or plain.
     dtype: type of the computation.
     out_scale: factor on the standard deviation of the initial output weights (0.1 helps stability: Switch,
@@ -47,8 +39,7 @@ class Experts(nnx.Module):
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
-    if activation not in ACTIVATIONS:
-      raise ValueError(f'activation={activation!r}: accepted are {", ".join(ACTIVATIONS)}')
+    check_activation(activation)
 
     def kernel(d_in: int, d_out: int, scale: float = 1.0) -> nnx.Param:
       init = nnx.initializers.truncated_normal(scale * d_in**-0.5)
@@ -74,14 +65,9 @@ class Experts(nnx.Module):
     self, x_rd: Float[Array, 'R D'], group_sizes_e: Int[Array, ' E']
   ) -> Float[Array, 'R D']:
     """Rows sorted by expert; rows past the last group come out as zeros."""
-    w_gate, w_up, w_down = self.weights()
-    act = ACTIVATIONS[self.activation]
-    up_rf = grouped_matmul(x_rd.astype(self.dtype), w_up, group_sizes_e)
-    if w_gate is None:
-      h_rf = act(up_rf)
-    else:
-      h_rf = act(grouped_matmul(x_rd.astype(self.dtype), w_gate, group_sizes_e)) * up_rf
-    return grouped_matmul(h_rf, w_down, group_sizes_e)
+    into, w_down = self._into_and_down()
+    pre = tuple(grouped_matmul(x_rd.astype(self.dtype), w, group_sizes_e) for w in into)
+    return grouped_matmul(hidden(self.activation, pre), w_down, group_sizes_e)
 
   def ffn(self, x_td: Float[Array, 'T D'], assignment: Assignment) -> Float[Array, 'T D']:
     """Gather, experts and weighted combine in one operation."""
@@ -92,23 +78,22 @@ class Experts(nnx.Module):
 
   def slots(self, x_bepd: Float[Array, 'B E P D']) -> Float[Array, 'B E P D']:
     """Every expert on its own slots: equal loads, so batched matmuls."""
-    w_gate, w_up, w_down = self.weights()
-    act = ACTIVATIONS[self.activation]
+    into, w_down = self._into_and_down()
     x_bepd = x_bepd.astype(self.dtype)
-    up_bepf = jnp.einsum('BEPD,EDF->BEPF', x_bepd, w_up)
-    if w_gate is None:
-      h_bepf = act(up_bepf)
-    else:
-      h_bepf = act(jnp.einsum('BEPD,EDF->BEPF', x_bepd, w_gate)) * up_bepf
-    return jnp.einsum('BEPF,EFD->BEPD', h_bepf, w_down)
+    pre = tuple(jnp.einsum('BEPD,EDF->BEPF', x_bepd, w) for w in into)
+    return jnp.einsum('BEPF,EFD->BEPD', hidden(self.activation, pre), w_down)
 
   def expert(self, index: int) -> Callable[[Array], Array]:
     """One expert as a function `[..., D] -> [..., D]`: what the oracle loops over."""
-    w_gate, w_up, w_down = (None if w is None else w[index] for w in self.weights())
-    act = ACTIVATIONS[self.activation]
+    into, w_down = self._into_and_down()
 
     def apply(x: Array) -> Array:
       x = x.astype(self.dtype)
-      return (act(x @ w_up) if w_gate is None else act(x @ w_gate) * (x @ w_up)) @ w_down
+      return hidden(self.activation, tuple(x @ w[index] for w in into)) @ w_down[index]
 
     return apply
+
+  def _into_and_down(self) -> tuple[tuple[Array, ...], Array]:
+    """`((w_gate, w_up) or (w_up,), w_down)`."""
+    w_gate, w_up, w_down = self.weights()
+    return (w_up,) if w_gate is None else (w_gate, w_up), w_down

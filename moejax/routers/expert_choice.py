@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.arrays import Assignment, Context, Scores
-from moejax.moe.capacity import rank_within
+from moejax.routers.capacity import rank_within
 from moejax.routers.router import Flags, Router
 from moejax.routers.scorers import LinearScorer
 

@@ -15,11 +15,11 @@ from flax import nnx
 from jaxtyping import Array
 
 from moejax.arrays import Assignment, Context, Scores
-from moejax.moe.capacity import PRIORITIES, capacity, keep_within_capacity_by_group
-from moejax.moe.weighting import WEIGHTINGS, Weights, normalised
 from moejax.routers.affinity import TokenAffinity
+from moejax.routers.capacity import PRIORITIES, capacity, keep_within_capacity_by_group
 from moejax.routers.router import Flags, Router
 from moejax.routers.scorers import LinearScorer
+from moejax.routers.weighting import WEIGHTINGS, Weights, normalised
 
 SECOND_POLICIES = ('all', 'none', 'threshold', 'random')
 
@@ -30,7 +30,7 @@ class Capacity:
 
   Attributes:
     train_factor, eval_factor: C = ceil(factor * k * tokens / experts).
-    priority: see `moejax.moe.capacity.keep_within_capacity`.
+    priority: see `moejax.routers.capacity.keep_within_capacity`.
     group: 'batch' (one buffer for all tokens of the call) or 'sequence' (one for each).
     renorm_after_drop: renormalise the weights of the surviving choices of a token to sum to one.
   """
@@ -155,7 +155,7 @@ def top_k(
     num_experts: E.
     rngs: source of the initial router kernel.
     k: choices of a token.
-    weighting: a name of `moejax.moe.weighting.WEIGHTINGS`; default 'softmax_topk' for k = 1, else
+    weighting: a name of `moejax.routers.weighting.WEIGHTINGS`; default 'softmax_topk' for k = 1, else
       'softmax_topk_norm'.
     route_scale: factor on all weights (2.5 in DeepSeek-V3).
     capacity_factor: None for dropless, else C = ceil(factor * k * tokens / experts).

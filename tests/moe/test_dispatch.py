@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.arrays import Assignment
-from moejax.moe.capacity import rank_within
 from moejax.moe.dispatch import combine, dispatch
+from moejax.routers.capacity import rank_within
 
 # Three tokens, two experts, two choices each. Token 1's second choice is dropped (expert 2 of 2).
 ASSIGNMENT = Assignment(

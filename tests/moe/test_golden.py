@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from moejax.arrays import Context, Scores
-from moejax.moe import losses, weighting
-from moejax.moe.capacity import capacity, keep_within_capacity
+from moejax.moe import losses
 from moejax.moe.controllers import balance_bias
 from moejax.moe.stats import routing_stats
+from moejax.routers import weighting
 from moejax.routers.affinity import TokenAffinity, load_probability
+from moejax.routers.capacity import capacity, keep_within_capacity
 from moejax.routers.expert_choice import ExpertAffinity, ExpertChoiceAssign, capped_plan
 from moejax.routers.soft import mix, normalise, slot_affinity
 from moejax.routers.top_k import TopKAssign
