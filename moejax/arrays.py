@@ -41,6 +41,8 @@ class Context:
 class Scores:
   """What a router thinks of each (token, expert) pair; float32 or wider, all `[B, S, E]`.
 
+  Of soft methods `select` and `gate` are the logits of the slots, `[B, S, E, P]`.
+
   Attributes:
     logits: clean router logits; the z-loss is made of these.
     select: what selection ranks (noise and balancing bias included).
@@ -64,8 +66,9 @@ class Assignment:
   Attributes:
     token: int32 `[R]`, index into the T flattened tokens.
     expert: int32 `[R]`; `num_experts` means that the row is dropped.
-    weight: float32 `[R]`, the combine weight; zero where dropped.
-    chosen: int32 `[R]`, the expert that was wanted before capacity; `num_experts` for padding.
+    weight: float32 (or wider) `[R]`, the combine weight; zero where dropped.
+    chosen: int32 `[R]`, the expert that was wanted before capacity; `num_experts` where none was: padding, and
+      second choices that were given up.
     num_experts: E.
     groups: tokens and rows are cut in this many equal consecutive chunks, and the rows of a chunk refer
       only to the tokens of the same chunk. `groups == T` means token-major rows (row r is of token

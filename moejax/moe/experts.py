@@ -13,7 +13,7 @@ from pallas_kernels import check_activation, expert_ffn, grouped_matmul, hidden
 
 
 class Experts(nnx.Module):
-  """`act(x w_gate) * (x w_up)) w_down`, or `act(x w_up) w_down` when not gated; float32 master weights.
+  """`(act(x w_gate) * (x w_up)) w_down`, or `act(x w_up) w_down` when not gated; float32 master weights.
 
   Args:
     d_model: D.
@@ -22,8 +22,7 @@ class Experts(nnx.Module):
     activation: 'silu', 'gelu', 'relu' or 'relu2'.
     gated: gated linear unit (Shazeer 2020, "GLU variants improve transformer") or plain.
     dtype: type of the computation.
-    out_scale: factor on the standard deviation of the initial output weights (0.1 helps stability: Switch,
-      section 2.4).
+    out_scale: factor on the standard deviation of the initial output weights, such as 1 / sqrt(2 L) of L layers.
     rngs: source of the initial weights, truncated normal with variance 1 / fan-in.
   """
 

@@ -29,9 +29,10 @@ class MoE(nnx.Module):
     d_ff: F, hidden width of an expert at granularity 1.
     num_experts: E at granularity 1.
     router: a short name, a mapping `{'name': ..., **options}`, or a `Router` of `granularity * num_experts`.
-    granularity: G. Makes `G * num_experts` experts of `d_ff / G` and multiplies the active experts of a router
-      given by name (`k`, or `capacity_factor` of expert choice; 1 where not given) by G: parameters and work
-      stay the same (Krajewski et al. 2024, section 3).
+    granularity: makes so many times more experts, so many times narrower, and multiplies the active experts of a
+      router given by name (`k`, or `capacity_factor` of expert choice) likewise: expert parameters and work stay
+      the same (Krajewski et al. 2024, "Scaling laws for fine-grained MoE"). Above 1, `k` and `capacity_factor`
+      that are not given count as 1, so that k becomes the granularity. Slots of `soft` stay as they are.
     num_shared: so many experts of the same width work on every token with weight one (DeepSeekMoE, Dai et al.
       2024, section 3.2); they are fused into one.
     activation, gated: see `Experts`.

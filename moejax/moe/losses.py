@@ -43,7 +43,7 @@ def z(stats: RoutingStats) -> Float[Array, '']:
 def importance(stats: RoutingStats) -> Float[Array, '']:
   """Squared coefficient of variation of the summed probabilities (Shazeer et al. 2017, equation 7).
 
-  Population variance, as in tensor2tensor and V-MoE.
+  Of all probabilities as in V-MoE (Shazeer et al. sum the weights of the chosen); population variance as in both.
   """
   return _squared_cv(stats.prob_e)
 
@@ -57,7 +57,10 @@ def load(stats: RoutingStats) -> Float[Array, '']:
 
 
 def entropy(stats: RoutingStats) -> Float[Array, '']:
-  """Mean entropy of a token's probabilities, in nats."""
+  """Mean entropy of a token's probabilities, in nats; as a loss it makes choices more certain.
+
+  Dynamic top-p routing, Huang et al. 2024, "Harder tasks need more experts".
+  """
   return _mean(stats.entropy, stats)
 
 

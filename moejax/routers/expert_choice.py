@@ -1,7 +1,7 @@
 """Expert choice: every expert takes its C best tokens, so that load is balanced by construction.
 
-Zhou et al. 2022, "Mixture-of-experts with expert choice routing", equations 1-4; the softmax over tokens and the
-groups at the same position are those of Krajewski et al. 2024, "Scaling laws for fine-grained MoE", section 3.
+Zhou et al. 2022, "Mixture-of-experts with expert choice routing"; the softmax over tokens and the groups at the same
+position are those of the code of Krajewski et al. 2024, "Scaling laws for fine-grained MoE".
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def capped_plan(
 ) -> Float[Array, 'G E T']:
   """Plan A of `max <score, A> + entropy * H(A)`, rows summing to C, columns to at most `cap`, 0 <= A <= 1.
 
-  Zhou et al. 2022, equations 5-7. The optimum is `A = min(1, exp((score + u_e + v_t) / entropy))` with v <= 0;
+  Zhou et al. 2022, capped expert choice. The optimum is `A = min(1, exp((score + u_e + v_t) / entropy))` with v <= 0;
   u and v are found in turn, each exactly. Dykstra's projections, which the paper uses, have the same limit but
   move by a few units of `entropy` a round: after 100 rounds a third of the rows were still on wrong tokens.
   A has no gradient. Padding (`real` False) takes nothing.

@@ -19,7 +19,7 @@ class LinearScorer(nnx.Module):
     noise_std: in training, the selection sees `logits + N(0, (noise_std / E)^2)` (V-MoE, Riquelme et al.
       2021, section 2.2).
     jitter: in training, the router alone sees `x * U(1 - jitter, 1 + jitter)` (Switch, Fedus et al. 2021,
-      section 2.4).
+      appendix C).
     init_std: standard deviation of the initial kernel; default 1 / sqrt(D).
     rngs: source of the initial kernel.
   """

@@ -231,7 +231,9 @@ def gshard(
 ) -> Router:
   """GShard routing: `top_k` with two normalised choices, choice-major capacity and random second choices.
 
-  Lepikhin et al. 2020, algorithm 1. Not prefix-safe unless `priority='token_major'`.
+  Lepikhin et al. 2020, algorithm 1, with the random policy's threshold of 0.2 as released in mesh-tensorflow (the
+  paper keeps a second choice with probability min(1, 2 g), a threshold of 0.5). Not prefix-safe unless
+  `priority='token_major'`.
   """
   return top_k(
     k=2,

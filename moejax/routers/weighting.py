@@ -1,4 +1,4 @@
-"""Weights of the chosen experts: one table, methods as in the literature (README, table of methods)."""
+"""Weights of the chosen experts: one table of the forms in the literature (README, Options)."""
 
 from __future__ import annotations
 
