@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
   config.model.dtype = (
     'auto'  # of the computation: auto (bfloat16 on accelerators), float32, bfloat16
   )
+  config.model.unroll = 1  # repeats of the layer scan in one iteration: faster, compiles longer
   config.model.remat = 'none'  # recompute in the backward pass: none, full, dots
 
   config.model.moe = ConfigDict()

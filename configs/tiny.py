@@ -5,14 +5,15 @@ from configs import common
 
 def get_config():
   config = common.get_config()
-  config.steps = 300
-  config.batch_size = 16
+  config.steps = 400
+  config.batch_size = 8
   config.data.name = 'wiki6'
   config.data.sequence_length = 256
   config.model.d_model = 128
   config.model.num_layers = 4
   config.model.num_heads = 4
   config.model.d_ff = 256
+  config.model.unroll = 2
   config.model.moe.layers = 'every_2'
   config.model.moe.num_experts = 8
   config.model.moe.d_ff = 256

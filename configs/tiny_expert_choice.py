@@ -5,8 +5,8 @@ from configs import common
 
 def get_config():
   config = common.get_config()
-  config.steps = 300
-  config.batch_size = 16
+  config.steps = 400
+  config.batch_size = 8
   config.data.name = 'wiki6'
   config.data.objective = 'masked'
   config.data.sequence_length = 256
@@ -15,6 +15,7 @@ def get_config():
   config.model.num_layers = 4
   config.model.num_heads = 4
   config.model.d_ff = 256
+  config.model.unroll = 2
   config.model.moe.layers = 'every_2'
   config.model.moe.num_experts = 8
   config.model.moe.d_ff = 256

@@ -5,26 +5,27 @@ from configs import common
 
 def get_config():
   config = common.get_config()
-  config.steps = 600
+  config.steps = 1000
   config.batch_size = 64
   config.data.name = 'mnist5k'
   config.data.eval_split = 'test'
   config.data.objective = 'classify'
   config.model.kind = 'vit'
-  config.model.d_model = 64
+  config.model.d_model = 96
   config.model.num_layers = 4
   config.model.num_heads = 4
-  config.model.d_ff = 128
+  config.model.d_ff = 192
   config.model.activation = 'gelu'
   config.model.gated = False
-  config.model.patch_size = 4
+  config.model.patch_size = 7
   config.model.moe.layers = 'last_half'
   config.model.moe.num_experts = 16
-  config.model.moe.d_ff = 128
-  config.model.moe.router = {'name': 'soft', 'slots': 3}
+  config.model.moe.d_ff = 192
+  config.model.moe.router = {'name': 'soft', 'slots': 1}
   config.model.moe.losses = {}
-  config.optim.learning_rate = 2e-3
-  config.optim.warmup_steps = 60
+  config.optim.learning_rate = 1e-3
+  config.optim.warmup_steps = 100
+  config.model.unroll = 2
   config.optim.weight_decay = 0.03
   config.eval.every = 100
   config.eval.batches = 16

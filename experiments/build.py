@@ -31,6 +31,7 @@ from moejax.transformer.flops import (
   moe_flops_per_token,
 )
 
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """What every program needs of an experiment.
@@ -198,6 +199,7 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     'moe': _moe_maker(settings, mesh, dtype),
     'moe_layers': model.moe_layers,
     'remat': model.remat,
+    'unroll': model.unroll,
     'dtype': dtype,
   }
   if model.kind == 'vit':

@@ -79,6 +79,7 @@ class ModelSettings:
   tie_embeddings: bool
   patch_size: Annotated[int, _at_least_1]
   dtype: Literal['auto', 'float32', 'bfloat16']
+  unroll: Annotated[int, _at_least_1]
   remat: Literal['none', 'full', 'dots']
   moe: MoESettings
 

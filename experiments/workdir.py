@@ -40,6 +40,7 @@ MAY_CHANGE = (
   'optim.weight_decay',
   'model.dtype',
   'model.remat',
+  'model.unroll',
   'model.moe.dispatch',
   'model.moe.exchange',
   'mesh',

@@ -10,15 +10,22 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
 
 
-def _with_host_devices(flags: str, count: int) -> str:
-  """XLA's flags with `count` host devices, and whatever else the user has set."""
-  name = '--xla_force_host_platform_device_count'
-  kept = [flag for flag in flags.split() if not flag.startswith(name)]
-  return ' '.join([*kept, f'{name}={count}'])
+def _with_test_flags(flags: str, count: int) -> str:
+  """XLA's flags with `count` host devices and quick compiles, and whatever else the user has set.
+
+  The suite compiles some thousand small programs: LLVM's optimisations would be a third of its time. Programs that
+  tests start as processes of their own, and CI's training run, are compiled as users compile them.
+  """
+  ours = {
+    '--xla_force_host_platform_device_count': count,
+    '--xla_backend_optimization_level': 0,
+  }
+  kept = [flag for flag in flags.split() if flag.partition('=')[0] not in ours]
+  return ' '.join([*kept, *(f'{name}={value}' for name, value in ours.items())])
 
 
 # JAX reads these when it is imported. JAX_PLATFORMS=cuda in the environment runs the tests on a GPU.
-os.environ['XLA_FLAGS'] = _with_host_devices(os.environ.get('XLA_FLAGS', ''), DEVICES)
+os.environ['XLA_FLAGS'] = _with_test_flags(os.environ.get('XLA_FLAGS', ''), DEVICES)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import hypothesis  # noqa: E402

@@ -76,18 +76,20 @@ def softmax_attention(q, k, v, visible, *, causal):
   b, s, n, h = q.shape
   m = k.shape[2]
   wide = master_dtype(q.dtype)
-  q = q.transpose(0, 2, 1, 3).reshape(
-    b, m, (n // m) * s, h
-  )  # a key head's queries are rows of one matrix
-  scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=wide) / h**0.5
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+  q = q.reshape(b, m, (n // m) * s, h)  # a key head's queries are rows of one matrix
+  scores = jnp.einsum('bmqh,bmkh->bmqk', q, k, preferred_element_type=wide) / h**0.5
   scores = scores.reshape(b, n, s, s)
   if causal:
     scores = jnp.where(jnp.tri(s, dtype=bool)[None, None, :, :], scores, jnp.finfo(wide).min)
   if visible is not None:
     scores = jnp.where(visible.keys[:, None, :, :], scores, jnp.finfo(wide).min)
-  weights = jax.nn.softmax(scores).astype(v.dtype).reshape(b, m, (n // m) * s, s)
-  y = jnp.matmul(weights, v.transpose(0, 2, 1, 3))  # [B, M, N / M * S, H]
-  return y.reshape(b, n, s, h).transpose(0, 2, 1, 3)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+  total = weights.sum(axis=-1).reshape(b, m, -1, 1)
+  weights = weights.astype(v.dtype).reshape(b, m, -1, s)
+  # Divided here, not S times as often: the gradient has no sum over the weights either.
+  y = jnp.matmul(weights, v, preferred_element_type=wide) / total  # [B, M, N / M * S, H]
+  return y.astype(v.dtype).reshape(b, n, s, h).transpose(0, 2, 1, 3)
 
 
 class Attention(nnx.Module):

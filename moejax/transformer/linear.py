@@ -62,7 +62,10 @@ class Linear(nnx.Module):
     """`wide=True` returns the float32 accumulator of a low-precision product, as logits want it."""
     out_dtype = master_dtype(self.dtype) if wide else self.dtype
     weight = self.weight[...].astype(self.dtype)
-    y = jnp.matmul(x.astype(self.dtype), weight, preferred_element_type=out_dtype)
+    rows = x.astype(self.dtype).reshape(
+      -1, x.shape[-1]
+    )  # one axis: its gradient transposes nothing
+    y = jnp.matmul(rows, weight, preferred_element_type=out_dtype).reshape(*x.shape[:-1], -1)
     if self.bias is None:
       return y
     return y + jnp.expand_dims(self.bias[...].astype(out_dtype), range(y.ndim - 1))

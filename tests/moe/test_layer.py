@@ -21,7 +21,7 @@ def count(tree):
 
 @pytest.mark.parametrize('granularity', [1, 2, 4, 8])
 def test_granularity_keeps_parameters_and_active_work(granularity):
-  """G * E experts of d_ff / G, k = G: only the router grows (Krajewski et al. 2024, section 3)."""
+  """G * E experts of d_ff / G, k = G: only the router grows (Krajewski et al. 2024)."""
   layer = MoE(D, 32, 4, granularity=granularity, router={'name': 'top_k', 'k': 1}, rngs=nnx.Rngs(0))
   assert count(layer.experts) == 3 * 4 * D * 32
   assert layer.experts.w_up.shape == (4 * granularity, D, 32 // granularity)

@@ -1,0 +1,213 @@
+"""How fast do we train here? `MOEJAX_EXTRAS=hf scripts/python scripts/bench_train.py [--out FILE] [--rounds N]`
+
+Trains one mixture-of-experts decoder on the CPU twice, with the training step of experiments/step.py and with
+OlmoeForCausalLM of Hugging Face transformers in an ordinary PyTorch loop, and prints the median tokens per
+second of each and their ratio. The two take turns, so that a load from elsewhere meets both.
+
+Both: the same sizes, float32, random tokens, 2 threads, AdamW, clipping, balance loss. In their favour: fused AdamW,
+`scaled_dot_product_attention` without a mask. In ours: q and k are normed per head, not over all heads at once.
+We also mask packed documents, add a z loss, and report routing statistics.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+try:
+  import torch
+  import transformers
+except ImportError as error:
+  sys.exit(
+    f'bench_train: {error}; run it with MOEJAX_EXTRAS=hf scripts/python scripts/bench_train.py'
+  )
+
+import jax
+import numpy as np
+
+from experiments.optim import make_optimizer
+from experiments.settings import OptimSettings
+from experiments.state import ModelDef, make_state
+from experiments.step import make_train_step
+from moejax.mesh.make import make_mesh
+from moejax.moe.layer import MoE
+from moejax.transformer import Decoder
+
+THREADS = 2
+BATCH, LENGTH, VOCABULARY = 16, 256, 256
+WIDTH, LAYERS, HEADS = 256, 4, 4
+EXPERTS, HIDDEN, CHOICES = 16, 256, 2
+OPTIMIZER = {'learning_rate': 1e-3, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
+CLIP_NORM = 1.0
+LOSSES = {'balance': 0.01, 'z': 0.001}
+
+
+class Ours:
+  """Our training step on one CPU device, compiled, its state donated."""
+
+  def __init__(self, tokens):
+    optim = OptimSettings(
+      schedule='constant',
+      warmup_steps=0,
+      cooldown_steps=0,
+      timescale=1.0,
+      final_fraction=1.0,
+      clip_norm=CLIP_NORM,
+      bias_rate=0.0,
+      **OPTIMIZER,
+    )
+    mesh = make_mesh(devices=jax.devices('cpu')[:1])
+    definition = ModelDef(our_model)
+    optimizer = functools.partial(make_optimizer, optim, 1000)
+    init, _, optimizer = make_state(definition, optimizer, mesh, jax.random.key(0))
+    options = dict(seed=0, microbatches=1, losses=LOSSES, bias_rate=0.0)
+    step = make_train_step(definition, optimizer, **options)
+    self.state = init()
+    self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+    ones = np.ones(tokens.shape, np.int32)
+    self.batch = {
+      'tokens': tokens,
+      'targets': np.roll(tokens, -1, axis=1),
+      'segment_ids': ones,
+      'positions': ones.cumsum(axis=1, dtype=np.int32) - 1,
+      'loss_mask': np.arange(LENGTH)[None, :] < ones * (LENGTH - 1),
+    }
+    start = time.perf_counter()
+    self._step = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()
+    self.compile_seconds = time.perf_counter() - start
+
+  def train(self, steps: int) -> float:
+    """The loss of the last of so many steps."""
+    for _ in range(steps):
+      self.state, metrics = self._step(self.state, self.batch)
+    return float(metrics['loss'])
+
+
+def our_model(rngs):
+  """A decoder with a mixture in every block, as OLMoE (Muennighoff et al. 2024)."""
+  router = {'name': 'top_k', 'k': CHOICES, 'weighting': 'softmax_topk'}
+  moe = lambda rngs: MoE(WIDTH, HIDDEN, EXPERTS, router, losses={}, rngs=rngs)
+  layers = tuple(range(LAYERS))
+  options = dict(qk_norm=True, tie_embeddings=False, moe=moe, moe_layers=layers, unroll=LAYERS)
+  return Decoder(VOCABULARY, WIDTH, LAYERS, HEADS, HIDDEN, **options, rngs=rngs)
+
+
+class Theirs:
+  """OlmoeForCausalLM of transformers, in the usual loop of PyTorch."""
+
+  def __init__(self, tokens, experts: str):
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    config = transformers.OlmoeConfig(
+      vocab_size=VOCABULARY,
+      hidden_size=WIDTH,
+      intermediate_size=HIDDEN,
+      num_hidden_layers=LAYERS,
+      num_attention_heads=HEADS,
+      num_key_value_heads=HEADS,
+      max_position_embeddings=LENGTH,
+      num_experts=EXPERTS,
+      num_experts_per_tok=CHOICES,
+      norm_topk_prob=False,
+      output_router_logits=True,
+      router_aux_loss_coef=LOSSES['balance'],
+      tie_word_embeddings=False,
+      use_cache=False,
+      pad_token_id=None,
+      bos_token_id=None,
+      eos_token_id=None,
+      experts_implementation=experts,
+      dtype='float32',
+    )
+    self.model = transformers.OlmoeForCausalLM(config).train()
+    if self.model.config._experts_implementation != experts:
+      sys.exit(
+        f'bench_train: this transformers {transformers.__version__} has no experts {experts!r}'
+      )
+    self.parameters = sum(p.numel() for p in self.model.parameters())
+    self.optimizer = torch.optim.AdamW(
+      self.model.parameters(),
+      lr=OPTIMIZER['learning_rate'],
+      betas=(OPTIMIZER['b1'], OPTIMIZER['b2']),
+      eps=OPTIMIZER['eps'],
+      weight_decay=OPTIMIZER['weight_decay'],
+      fused=True,
+    )
+    self.tokens = torch.from_numpy(tokens).long()
+
+  def train(self, steps: int) -> float:
+    """The loss of the last of so many steps."""
+    for _ in range(steps):
+      self.optimizer.zero_grad()
+      loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+      self.optimizer.step()
+    return loss.item()
+
+
+def race(sides: dict, rounds: int, steps: int) -> dict[str, list[float]]:
+  """Tokens per second of every side in every round; a first round warms up and is not counted."""
+  rates = {name: [] for name in sides}
+  for turn in range(rounds + 1):
+    for name, side in sides.items():
+      start = time.perf_counter()
+      loss = side.train(steps)
+      rate = BATCH * LENGTH * steps / (time.perf_counter() - start)
+      if turn:
+        rates[name].append(rate)
+        print(f'round {turn:2}  {name:>16} {rate:8.0f} tokens/s  loss {loss:.3f}', flush=True)
+  return rates
+
+
+def main(arguments=None):
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--out', type=pathlib.Path, help='write the result as JSON to this file')
+  parser.add_argument('--rounds', type=int, default=7, help='timed turns of each side')
+  parser.add_argument('--steps', type=int, default=5, help='training steps of a turn')
+  parser.add_argument('--experts', nargs='+', default=['grouped_mm'], help='of transformers')
+  options = parser.parse_args(arguments)
+
+  tokens = np.random.default_rng(0).integers(VOCABULARY, size=(BATCH, LENGTH), dtype=np.int32)
+  theirs = {name: Theirs(tokens, name) for name in options.experts}
+  sides = {'ours': Ours(tokens), **theirs}
+  check_sizes(sides['ours'], theirs[options.experts[0]])
+  rates = race(sides, options.rounds, options.steps)
+  median = {name: statistics.median(values) for name, values in rates.items()}
+  best = max(theirs, key=median.get)
+  pairs = sorted(a / b for a, b in zip(rates['ours'], rates[best], strict=True))
+  ratio = statistics.median(pairs)
+  for name, value in median.items():
+    print(
+      f'{name:>16}: {value:.0f} tokens/s (median of {options.rounds} rounds of {options.steps} steps)'
+    )
+  print(f'ours / {best}: {ratio:.2f} (median of rounds; {pairs[0]:.2f} to {pairs[-1]:.2f})')
+  if options.out:
+    result = {
+      'machine': platform.machine(),
+      'jax': jax.__version__,
+      'torch': torch.__version__,
+      'transformers': transformers.__version__,
+      'tokens_per_second': rates,
+      'median': median,
+      'ratio': ratio,
+      'ratio_of_rounds': pairs,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + '\n')
+
+
+def check_sizes(ours: Ours, theirs: Theirs) -> None:
+  """Refuses to compare models of different sizes; only the scales of norms on q and k may differ."""
+  print(f'parameters: ours {ours.parameters:,}, transformers {theirs.parameters:,}')
+  if abs(ours.parameters - theirs.parameters) > 1e-3 * theirs.parameters:
+    sys.exit('bench_train: the models differ by more than 0.1 % of their parameters')
+
+
+if __name__ == '__main__':
+  main()
