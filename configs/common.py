@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
   config.data.tokenizer = 'bytes'
   config.data.mask_rate = 0.15  # fraction of positions to predict, objective masked
   config.data.image_size = 0  # central square scaled to this side; 0: images as they are
-  config.data.normalization = 'signed'  # of images: signed ([-1, 1]), standard (mean 0, deviation 1)
+  config.data.normalization = (
+    'signed'  # of images: signed ([-1, 1]), standard (mean 0, deviation 1)
+  )
   config.data.data_dir = ''  # where prepared data sets lie; '': MOEJAX_DATA or ~/.cache/moejax/data
   config.data.allow_changed_stream = False  # resume on other data than the run began with
 

@@ -13,7 +13,9 @@ from moejax.mesh.make import make_mesh
 from moejax.mesh.rules import param_shardings
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py') if p.stem not in ('__init__', 'common'))
+CONFIGS = sorted(
+  p for p in (ROOT / 'configs').rglob('*.py') if p.stem not in ('__init__', 'common')
+)
 PARTS = ('Paper:', 'Command:', 'Machine:', 'Time:', 'Expect:', 'Seeds:')
 
 every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def attend(
   visible: Visible | None,
   *,
   causal: bool,
-  implementation: str | None = None,
+  implementation: Literal['cudnn'] | None = None,
 ) -> Float[Array, 'B S N H']:
   """Softmax attention; query head n reads key and value head n // (N / M). The softmax is float32 or wider.
 
@@ -111,7 +112,7 @@ class Attention(nnx.Module):
     causal: bool,
     qk_norm: bool = False,
     use_bias: bool = False,
-    implementation: str | None = None,
+    implementation: Literal['cudnn'] | None = None,
     out_init: Init = fan_in_init,
     dtype=jnp.float32,
     rngs: nnx.Rngs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ class Decoder(nnx.Module):
     causal: bool = True,
     remat: str = 'none',
     unroll: int = 1,
-    attention: str | None = None,
+    attention: Literal['cudnn'] | None = None,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):

@@ -35,7 +35,8 @@ def plan_segments(kinds: Sequence[str]) -> tuple[tuple[tuple[str, ...], int], ..
   the repeated pair and one block more.
   """
   n = len(kinds)
-  plans = {n: (0, 0, ())}  # first layer -> (blocks compiled, segments, plan) from there on
+  # first layer -> (blocks compiled, segments, plan) from there on
+  plans: dict[int, tuple[int, int, tuple]] = {n: (0, 0, ())}
   for first in reversed(range(n)):
     options = []
     for size in range(1, n - first + 1):

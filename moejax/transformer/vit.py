@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class ViT(nnx.Module):
     moe_layers: tuple[int, ...] = (),
     remat: str = 'none',
     unroll: int = 1,
-    attention: str | None = None,
+    attention: Literal['cudnn'] | None = None,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):

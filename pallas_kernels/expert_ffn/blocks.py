@@ -29,8 +29,8 @@ def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, save, gr
   y_td = _combine(y, token_r, plan, blocks, x_td.shape[0], groups).astype(x_td.dtype)
   if not save:
     return y_td, None
-  pre = jnp.stack([padded.from_blocks(p, blocks) for p in pre])  # [1 or 2, R, F]
-  return y_td, jnp.pad(pre, ((0, 0), (0, overrun(num_rows, num_experts)), (0, 0)))
+  packed = jnp.stack([padded.from_blocks(p, blocks) for p in pre])  # [1 or 2, R, F]
+  return y_td, jnp.pad(packed, ((0, 0), (0, overrun(num_rows, num_experts)), (0, 0)))
 
 
 def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activation, groups):

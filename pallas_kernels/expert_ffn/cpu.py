@@ -5,6 +5,8 @@ gathered rows nor the rows of the result exist in memory. A CPU adds them one af
 does not depend on the number of threads.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -87,7 +89,7 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
       a_wf, pull = jax.vjp(lambda *pre_w: hidden(activation, pre_w), *saved)
       da_wf = matmul_t(dy_wd, down_e)
       dpre = pull(da_wf * weight_w)
-      dx_wd = sum(matmul_t(d, w) for d, w in zip(dpre, into_e, strict=True))
+      dx_wd = functools.reduce(jnp.add, map(matmul_t, dpre, into_e))
       dweight_r = write(dweight_r, jnp.sum(a_wf * da_wf, axis=1), first)
       dinto = [total + t_matmul(x_wd, d) for total, d in zip(dinto, dpre, strict=True)]
       ddown = ddown + t_matmul(a_wf * weight_w, dy_wd)
