@@ -14,7 +14,6 @@ from moejax.transformer.linear import Embed as Embed
 from moejax.transformer.linear import LayerNorm as LayerNorm
 from moejax.transformer.linear import Linear as Linear
 from moejax.transformer.linear import RMSNorm as RMSNorm
-from moejax.transformer.placement import moe_layers as moe_layers
 from moejax.transformer.rotary import rotate as rotate
 from moejax.transformer.rotary import rotation as rotation
 from moejax.transformer.stack import Stack as Stack

@@ -15,7 +15,6 @@ from moejax.transformer.attention import Attention, visibility
 from moejax.transformer.block import Block
 from moejax.transformer.ffn import FFN
 from moejax.transformer.linear import Embed, Linear, RMSNorm, residual_init
-from moejax.transformer.placement import check_layers
 from moejax.transformer.rotary import rotation
 from moejax.transformer.stack import Stack
 
@@ -160,3 +159,15 @@ def layer_kinds(num_layers: int, moe, moe_layers: tuple[int, ...]) -> list[str]:
     raise ValueError(f'moe_layers={moe_layers} but moe=None: give a function that makes the layer')
   chosen = check_layers(tuple(moe_layers), num_layers)
   return ['moe' if layer in chosen else 'dense' for layer in range(num_layers)]
+
+
+def check_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+  """`layers` in order; ValueError if one is out of range or named twice."""
+  for layer in layers:
+    if not 0 <= layer < num_layers:
+      raise ValueError(
+        f'moe_layers={layers} names layer {layer} of num_layers={num_layers}; layers are 0 to {num_layers - 1}'
+      )
+  if len(set(layers)) != len(layers):
+    raise ValueError(f'moe_layers={layers} names a layer twice; each may stand there once')
+  return tuple(sorted(layers))

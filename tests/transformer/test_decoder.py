@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from moejax.transformer import Decoder, Encoder
+from moejax.transformer.decoder import layer_kinds
 
 V = 20
 SIZES = (V, 16, 2, 2, 24)
@@ -168,3 +169,12 @@ def test_heads_that_do_not_divide_the_width_are_refused_unless_their_width_is_gi
 def test_a_moe_layer_that_does_not_exist_is_refused(toy_moe):
   with pytest.raises(ValueError, match='layer 2 of num_layers=2'):
     Decoder(*SIZES, moe=toy_moe(16), moe_layers=(2,), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  ('layers', 'message'),
+  [((1, 4), 'names layer 4 of num_layers=4'), ((1, 1), 'names a layer twice')],
+)
+def test_layers_that_do_not_exist_or_stand_twice_are_refused(layers, message):
+  with pytest.raises(ValueError, match=message):
+    layer_kinds(4, object, layers)
