@@ -1,9 +1,7 @@
 """Settings of every test: eight CPU devices, strict numerics, shapes checked at public borders."""
 
-import hashlib
 import os
 import pathlib
-import platform
 import random
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -38,36 +36,6 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 hypothesis.settings.register_profile('moejax', derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile('moejax')
-
-
-def _keep_compiled_programs(limit: int = 2**30) -> None:
-  """Compiled programs stay on disk: a second run takes a third of the time of the first.
-
-  One folder for each kind of processor, as XLA compiles for the one it runs on. Above `limit` bytes the
-  oldest programs go. JAX_ENABLE_COMPILATION_CACHE=0 switches it off, JAX_COMPILATION_CACHE_DIR moves it.
-  """
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-  flags = [line for line in lines if line.startswith(('flags', 'Features', 'model name'))]
-  processor = hashlib.sha256(f'{platform.machine()} {flags[:2]}'.encode()).hexdigest()[:12]
-  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
-  folder = cache / 'moejax' / 'tests' / processor
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    stats = {path: path.stat() for path in folder.iterdir()}
-  except OSError:
-    return  # a home that cannot be written: no cache
-  excess = sum(stat.st_size for stat in stats.values()) - limit
-  for path in sorted(stats, key=lambda path: stats[path].st_mtime):
-    if excess > 0:
-      excess -= stats[path].st_size
-      path.unlink(missing_ok=True)
-  jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
-
-
-if jax.config.jax_compilation_cache_dir is None:
-  _keep_compiled_programs()
 
 
 def _checked_modules() -> list[str]:
