@@ -51,6 +51,7 @@ class Progress:
     flops_per_step: float = 0.0,
     device_kind: str = '',
     num_devices: int = 1,
+    unit: str = 'tokens',
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
@@ -62,11 +63,12 @@ class Progress:
       tokens_per_step: tokens, or images, of a step over all devices.
       flops_per_step: of the model, forward and backward, over all devices, without recomputation; 0: no MFU.
       device_kind, num_devices: of jax.Device; MFU is told where the kind's peak is known.
+      unit: what tokens_per_step counts, as it is told.
       stream: where to tell, standard error if not given.
       clock: seconds, for tests.
     """
     self._steps, self._done, self._clock = steps, done, clock
-    self._tokens_per_step = tokens_per_step
+    self._tokens_per_step, self._unit = tokens_per_step, unit
     peak = peak_flops(device_kind) if flops_per_step else None
     self._ideal_seconds = flops_per_step / (peak * num_devices) if peak else None
     self._stream = stream or sys.stderr
@@ -121,7 +123,7 @@ class Progress:
       self._bar.close()
 
   def _tell(self, loss: float, times: dict[str, float]) -> None:
-    speed = f'{_short(times["tokens_per_second"])} tokens/s'
+    speed = f'{_short(times["tokens_per_second"])} {self._unit}/s'
     if 'mfu' in times:
       speed += f', MFU {100 * times["mfu"]:.1f}%'
     if self._bar is not None:

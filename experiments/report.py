@@ -1,7 +1,7 @@
 """One page that shows a run: `python -m experiments.report WORKDIR` writes WORKDIR/report.html.
 
-It reads metrics.jsonl and config.json, and nothing else. Of metrics it knows `loss`, `eval_loss`, `eval_accuracy`,
-`learning_rate`, `grad_norm`, `balance_loss`, `z_loss`; of each MoE layer `entropy`, `max_load`, `dropped` and
+It reads metrics.jsonl and config.json, and nothing else. Of metrics it knows `loss`, `accuracy`, `eval_loss`,
+`eval_accuracy`, `learning_rate`, `grad_norm`, `balance_loss`, `z_loss`; of each MoE layer `entropy`, `max_load`, `dropped` and
 `unrouted` [L] and `load` [L, E]; `parameters` and `active_parameters` (on any line); under `time`,
 `tokens_per_second` and `mfu`. What a run did not log is left out.
 """
@@ -119,7 +119,6 @@ def _tiles(run: _Run) -> str:
   loss, accuracy = run.last('eval_loss'), run.last('eval_accuracy')
   data = run.config.get('data', {})
   bytewise = data.get('tokenizer') == 'bytes' and data.get('objective') == 'causal'
-  images = data.get('objective') == 'classify'
   parameters, active = run.last('parameters'), run.last('active_parameters')
   tiles = [
     (
@@ -131,7 +130,7 @@ def _tiles(run: _Run) -> str:
     ('bits per byte', f'{loss / math.log(2):.4f}' if loss is not None and bytewise else None),
     ('eval accuracy', f'{accuracy:.2%}' if accuracy is not None else None),
     (
-      'images/s' if images else 'tokens/s',
+      _speed_unit(run),
       _short(float(np.median(speeds))) if speeds.size else None,
     ),
     ('MFU', f'{np.median(mfu):.1%}' if mfu.size else None),
@@ -144,6 +143,10 @@ def _tiles(run: _Run) -> str:
   return f'<div class="numbers">{cells}</div>'
 
 
+def _speed_unit(run: _Run) -> str:
+  return 'images/s' if run.config.get('data', {}).get('objective') == 'classify' else 'tokens/s'
+
+
 def _curves(run: _Run) -> str:
   steps, loss = run.get('loss')
   eval_steps, eval_loss = run.get('eval_loss')
@@ -153,14 +156,22 @@ def _curves(run: _Run) -> str:
       [Line('train', steps, loss, _BLUE), Line('eval', eval_steps, eval_loss, _ORANGE, dots=True)],
       'nats',
     ),
-    _card('Accuracy', [Line('eval', *run.get('eval_accuracy'), _ORANGE, dots=True)]),
+    _card(
+      'Accuracy',
+      [
+        Line('train', *run.get('accuracy'), _BLUE),
+        Line('eval', *run.get('eval_accuracy'), _ORANGE, dots=True),
+      ],
+    ),
     _card(
       'Learning rate', [Line('learning rate', *run.get('learning_rate'), _GREEN)], from_zero=True
     ),
     _card(
       'Gradient norm', [Line('before clipping', *run.get('grad_norm'), _VIOLET)], from_zero=True
     ),
-    _card('Speed', [Line('tokens/s', *run.get('time.tokens_per_second'), _GREEN)], from_zero=True),
+    _card(
+      'Speed', [Line(_speed_unit(run), *run.get('time.tokens_per_second'), _GREEN)], from_zero=True
+    ),
   ]
   return _section('Training', cards)
 

@@ -125,7 +125,8 @@ def restore_or_init(
 
 def make_progress(settings: Settings, parts: Experiment, first_step: int) -> Progress:
   """Progress in tokens, or in images."""
-  per_record = 1 if parts.train_stream.image_shape else settings.data.sequence_length
+  images = parts.train_stream.image_shape is not None
+  per_record = 1 if images else settings.data.sequence_length
   return Progress(
     settings.steps,
     first_step,
@@ -133,6 +134,7 @@ def make_progress(settings: Settings, parts: Experiment, first_step: int) -> Pro
     flops_per_step=training_flops(settings, parts.train_stream),
     device_kind=parts.mesh.devices.flat[0].device_kind,
     num_devices=parts.mesh.size,
+    unit='images' if images else 'tokens',
   )
 
 
