@@ -1,8 +1,8 @@
 """One page that shows a run: `python -m experiments.report WORKDIR` writes WORKDIR/report.html.
 
 It reads metrics.jsonl and config.json, and nothing else. Of metrics it knows `loss`, `accuracy`, `eval_loss`,
-`eval_accuracy`, `learning_rate`, `grad_norm`, `balance_loss`, `z_loss`; of each MoE layer `entropy`, `max_load`, `dropped` and
-`unrouted` [L] and `load` [L, E]; `parameters` and `active_parameters` (on any line); under `time`,
+`eval_accuracy`, `learning_rate`, `grad_norm`, `balance_loss`, `z_loss`; of each MoE layer `entropy`, `max_load`,
+`dropped` and `unrouted` [L] and `load` [L, E]; `parameters` and `active_parameters` (on any line); under `time`,
 `tokens_per_second` and `mfu`. What a run did not log is left out.
 """
 
