@@ -58,6 +58,13 @@ def fixed_seeds():
   np.random.seed(0)  # noqa: NPY002
 
 
+@pytest.fixture(autouse=True, scope='module')
+def compiled_programs_are_let_go():
+  """Programs of one file do not pile up on those of the next: each holds memory maps, and these are limited."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
   """NumPy's generator, the same in every test."""

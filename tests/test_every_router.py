@@ -55,7 +55,14 @@ ROWS = {
   'dense': {'name': 'dense'},
 }
 
-every_router = pytest.mark.parametrize('row', ROWS)
+
+@pytest.fixture(params=list(ROWS), scope='module')
+def row(request):
+  """A row of the table. All its properties are tested before the next row's, and then its programs are let go: every
+  compiled program holds memory maps, of which a process may have some 65,000."""
+  yield request.param
+  program.cache_clear()
+  jax.clear_caches()
 
 
 LOSSES = {'balance': 1.0, 'z': 1.0, 'importance': 1.0, 'sequence_balance': 1.0}
@@ -142,7 +149,6 @@ def test_the_table_has_every_router_and_weighting():
   assert {row.get('weighting') for row in ROWS.values()} >= set(WEIGHTINGS)
 
 
-@every_router
 def test_value_and_gradient_are_the_oracles_in_float32(row):
   layer, x = make_layer(row), tokens()
   y, _, _, gradients = program(row)(layer, x, context())
@@ -154,7 +160,6 @@ def test_value_and_gradient_are_the_oracles_in_float32(row):
   assert far > 1e-2 * jnp.abs(want).max()
 
 
-@every_router
 @pytest.mark.usefixtures('x64')
 def test_value_and_gradient_are_the_oracles_in_float64(row):
   layer, x = widen(make_layer(row)), tokens(dtype=jnp.float64)
@@ -164,7 +169,6 @@ def test_value_and_gradient_are_the_oracles_in_float64(row):
   check_close((y, gradients), (want, want_gradients), 1e-10)
 
 
-@every_router
 @pytest.mark.parametrize('dispatch', sorted(set(DISPATCHES) - {'fused'}))
 def test_every_dispatch_is_the_fused_one(row, dispatch):
   layer, x = make_layer(row), tokens()
@@ -172,7 +176,6 @@ def test_every_dispatch_is_the_fused_one(row, dispatch):
   check_close(got, program(row)(layer, x, context()), 1e-5)
 
 
-@every_router
 def test_jit_is_eager(row):
   layer, x = make_layer(row), tokens()
   check_close(program(row)(layer, x, context())[:3], by_layer(layer, x, context()), 1e-5)
@@ -190,7 +193,6 @@ def changes(row, train, perturb, where) -> float:
   return worst
 
 
-@every_router
 @pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
 def test_later_tokens_change_earlier_outputs_only_where_the_flag_says_so(row, train):
   flags = make_layer(row).router.flags
@@ -199,7 +201,6 @@ def test_later_tokens_change_earlier_outputs_only_where_the_flag_says_so(row, tr
   assert (change < 1e-6) if safe else (change > 1e-3)
 
 
-@every_router
 @pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
 def test_other_sequences_change_outputs_only_where_the_flag_says_so(row, train):
   flags = make_layer(row).router.flags
@@ -208,7 +209,6 @@ def test_other_sequences_change_outputs_only_where_the_flag_says_so(row, train):
   assert (change < 1e-6) if flags.batch_free else (change > 1e-3)
 
 
-@every_router
 def test_evaluation_needs_no_key_and_ignores_it(row):
   x = tokens(shape=(4, 8, D))
   assert make_layer(row).router.flags.deterministic_eval
@@ -216,7 +216,6 @@ def test_evaluation_needs_no_key_and_ignores_it(row):
   np.testing.assert_array_equal(outputs(row, x, Context()), keyed)
 
 
-@every_router
 def test_the_task_moves_the_router_and_every_used_expert(row):
   layer = make_layer(row)
   _, _, stats, gradients = program(row)(layer, tokens(), context())
@@ -227,7 +226,6 @@ def test_the_task_moves_the_router_and_every_used_expert(row):
   np.testing.assert_array_equal(moved_e, stats.kept_e > 0)
 
 
-@every_router
 def test_padding_is_invisible_whatever_it_holds(row):
   """NaN in padded rows reaches no output, no gradient, no loss and no statistic."""
   layer = make_layer(row)
@@ -245,7 +243,6 @@ def test_padding_is_invisible_whatever_it_holds(row):
   assert float(stats.prob_e.sum()) == pytest.approx(8, rel=1e-5)
 
 
-@every_router
 def test_equal_experts_are_one_dense_layer_up_to_the_weights(row):
   """All experts equal: every token's output is its weight sum times the one expert's output."""
   layer, x = make_layer(row), tokens()
@@ -263,7 +260,6 @@ def test_equal_experts_are_one_dense_layer_up_to_the_weights(row):
   check_close(y, want, 1e-5)
 
 
-@every_router
 def test_a_plan_keeps_its_own_contract(row):
   """Indices in range, dropped rows weigh nothing, chunks of rows stay in their chunk of tokens."""
   layer, x = make_layer(row), tokens()
@@ -286,7 +282,6 @@ def test_a_plan_keeps_its_own_contract(row):
   assert len(set(kept.tolist())) == len(kept)  # no token twice at one expert
 
 
-@every_router
 def test_narrow_activations_do_not_narrow_the_router(row):
   """bfloat16 inputs choose what the same numbers in float32 choose; weights and losses stay float32."""
   layer, x = make_layer(row, dtype=jnp.bfloat16), tokens().astype(jnp.bfloat16)

@@ -55,6 +55,11 @@ def make(mesh=None, optimizer=None, *, microbatches=1, bias_rate=0.0, losses=ALL
   return init(), jax.jit(step), functools.partial(place_batch, mesh)
 
 
+# Embeddings start with a deviation of 0.02 and are normed at once, which multiplies rounding in their gradients by 50:
+# up to 1.5e-5 of the largest entry was seen with jax 0.12. A wrong scope of the losses is far off (the control).
+GRADIENT = 5e-5
+
+
 def check_close(got, want, tolerance=1e-5):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     a, b = np.asarray(a), np.asarray(b)
@@ -74,7 +79,7 @@ def test_accumulation_changes_neither_the_loss_nor_any_auxiliary_gradient(one_st
   before, want, want_metrics = one_step
   state, step, place = make(microbatches=microbatches, bias_rate=0.1)
   got, metrics = step(state, place(batch()))
-  check_close(got.params, want.params)
+  check_close(got.params, want.params, GRADIENT)
   check_close(got.routing, want.routing, 0)
   check_close(metrics, want_metrics)
   moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), want.params, before.params)
@@ -82,11 +87,12 @@ def test_accumulation_changes_neither_the_loss_nor_any_auxiliary_gradient(one_st
 
 
 def test_the_mean_of_microbatch_losses_would_be_another_gradient(one_step):
-  """The control: eight sequences alone give other balance losses than all 32."""
+  """The control: four quarters by themselves, averaged, are far outside the tolerance of the tests above."""
   state, step, place = make(bias_rate=0.1)
-  part = {key: value[:8] for key, value in batch().items()}
-  _, metrics = step(state, place(part))
-  assert abs(float(metrics['balance_loss']) - float(one_step[2]['balance_loss'])) > 1e-4
+  parts = [step(state, place({k: v[m::4] for k, v in batch().items()}))[0].params for m in range(4)]
+  mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *parts)
+  with pytest.raises(AssertionError):
+    check_close(mean, one_step[1].params, 10 * GRADIENT)
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 1, 4), (2, 2, 2)])
@@ -95,7 +101,7 @@ def test_a_mesh_changes_nothing(one_step, sizes):
   state, step, place = make(mesh, bias_rate=0.1)
   check_close(state.params, one_step[0].params, 1e-6)
   got, metrics = step(state, place(batch()))
-  check_close(got.params, one_step[1].params)
+  check_close(got.params, one_step[1].params, GRADIENT)
   check_close(got.routing, one_step[1].routing, 0)
   check_close(metrics, one_step[2])
 
