@@ -65,6 +65,10 @@ def get_config() -> ConfigDict:
   # so many times as many experts, and as many active, each moe.d_ff / granularity wide
   config.model.moe.granularity = 1
   config.model.moe.num_shared = 0  # experts that see every token
+  config.model.moe.shared_mix = False  # learnt weights of routed and shared experts, not their sum
+  # experts without computation beside the others: {'copy': 1, 'constant': 2, 'zero': 1}
+  config.model.moe.zero_experts = ConfigDict()
+  config.model.moe.zero_cost = 1.0  # what they cost in the loss cost_balance
   config.model.moe.output_norm = False
   config.model.moe.dispatch = 'fused'  # fused, sorted, einsum
   config.model.moe.exchange = 'auto'  # between devices: auto, local, all_gather
@@ -88,5 +92,5 @@ def get_config() -> ConfigDict:
   config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1})  # devices an axis; -1: the rest
   config.eval = ConfigDict({'every': 200, 'batches': 8})  # every 0: never
   config.checkpoint = ConfigDict({'every': 500, 'keep': 2})  # every 0: at the end only
-  config.log = ConfigDict({'every': 10, 'tensorboard': True})
+  config.log = ConfigDict({'every': 10, 'tensorboard': True, 'report': True})
   return config

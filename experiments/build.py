@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.data import Stream, make_stream
 from experiments.errors import BadInput
 from experiments.optim import make_optimizer
-from experiments.settings import MoESettings, Settings
-from experiments.state import ModelDef, TrainState, make_state
+from experiments.program import Program
+from experiments.settings import ModelSettings, Settings
+from experiments.state import ModelDef
 from moejax.mesh.make import AXES, make_mesh
 from moejax.moe.dispatch import DISPATCHES
 from moejax.moe.exchange import AllGather, Exchange, Local, single
@@ -31,49 +32,87 @@ from moejax.transformer.flops import (
   moe_flops_per_token,
 )
 
+# What a compiled program does not depend on: it is an argument (experiments.step.Control), or of the host.
+RUN_SETTINGS = (
+  'seed',
+  'steps',
+  'profile',
+  'allow_leak',
+  'optim.schedule',
+  'optim.learning_rate',
+  'optim.warmup_steps',
+  'optim.cooldown_steps',
+  'optim.timescale',
+  'optim.final_fraction',
+  'data',
+  'eval',
+  'checkpoint',
+  'log',
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """What every program needs of an experiment.
 
   Attributes:
-    mesh: over all devices.
     train_stream, eval_stream: data.
-    definition: the model.
-    init: computes the initial state, on its shards.
-    abstract: what a state looks like, with shardings, to restore into.
-    optimizer: of optax.
+    program: the model and what is compiled of it.
   """
 
-  mesh: Mesh
   train_stream: Stream
   eval_stream: Stream
-  definition: ModelDef
-  init: Callable[[], TrainState]
-  abstract: TrainState
-  optimizer: optax.GradientTransformation
+  program: Program
 
 
-def assemble(settings: Settings) -> Experiment:
+def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> Experiment:
   """Opens the data and lays the model out on the mesh; computes nothing yet.
+
+  Args:
+    settings: of the run.
+    programs: those of earlier runs in this process, which a run of the same shape takes over, compiled; a new one is
+      added.
 
   Raises:
     BadInput: settings that only the data, the devices or the library can refuse.
   """
   check_routing(settings)
-  mesh = build_mesh(settings)
   train_stream, eval_stream = open_stream(settings, train=True), open_stream(settings, train=False)
+  programs = {} if programs is None else programs
+  key = program_key(settings, train_stream)
+  if key not in programs:
+    programs[key] = build_program(settings, train_stream)
+  return Experiment(train_stream, eval_stream, programs[key])
+
+
+def build_program(settings: Settings, stream: Stream) -> Program:
+  """The program of these settings on all devices; nothing is compiled yet.
+
+  Raises:
+    BadInput: what only the devices or the library can refuse.
+  """
+  mesh = build_mesh(settings)
   try:
-    definition = ModelDef(model_maker(settings, train_stream, mesh))
-    init, abstract, optimizer = make_state(
-      definition,
-      functools.partial(make_optimizer, settings.optim, settings.steps),
+    return Program(
+      ModelDef(model_maker(settings, stream, mesh)),
+      functools.partial(make_optimizer, settings.optim),
       mesh,
-      jax.random.key(settings.seed),
+      microbatches=settings.microbatches,
+      losses=settings.model.moe.losses,
+      bias_rate=settings.optim.bias_rate,
     )
   except ValueError as error:
     raise BadInput(str(error)) from error
-  return Experiment(mesh, train_stream, eval_stream, definition, init, abstract, optimizer)
+
+
+def program_key(settings: Settings, stream: Stream) -> str:
+  """Equal for runs that can share a program: all settings but those of `RUN_SETTINGS`, and the shape of the data."""
+  values = dataclasses.asdict(settings)
+  for name in RUN_SETTINGS:
+    section, _, key = name.rpartition('.')
+    del (values[section] if section else values)[key]
+  shape = (stream.vocab_size, stream.image_shape, stream.num_classes)
+  return json.dumps([values, shape], sort_keys=True)
 
 
 def open_stream(settings: Settings, *, train: bool) -> Stream:
@@ -128,40 +167,81 @@ def check_routing(settings: Settings) -> None:
   moe = settings.model.moe
   try:
     check_losses(moe.losses)
-    flags = router_flags(moe)
+    facts = router_facts(settings.model)
   except (ValueError, TypeError) as error:
     raise BadInput(f'model.moe: {error}') from error
-  if settings.optim.bias_rate and not moe.router.get('balance_bias'):
+  if settings.optim.bias_rate and not facts.has_bias:
     raise BadInput(
       f'optim.bias_rate={settings.optim.bias_rate} with router {moe.router["name"]!r} without a bias to move: '
       "accepted are model.moe.router={'name': 'top_k', 'balance_bias': True, ...}, or 0"
     )
-  if settings.model.kind == 'decoder' and not flags.prefix_safe and not settings.allow_leak:
-    safe = {
-      'expert_choice': "model.moe.router.group='position'",
-      'soft': "model.moe.router.name='top_k'",
-    }.get(moe.router['name'], "model.moe.router.priority='token_major', or no capacity_factor")
+  _check_group_size(settings)
+  if settings.model.kind == 'vit' and facts.flags.needs_ids:
+    raise BadInput(
+      f'model.moe.router={moe.router} needs token ids, which a model of kind {settings.model.kind!r} has none of: '
+      "accepted are model.kind='decoder', 'encoder'"
+    )
+  if settings.model.kind == 'decoder' and not facts.flags.prefix_safe and not settings.allow_leak:
+    name = moe.router['name']
+    safe = "model.moe.router.name='top_k'"
+    if name in ('expert_choice', 'sinkhorn_expert_choice'):
+      safe = "model.moe.router.group='position'"
+    elif name in ('top_k', 'gshard', 'vmoe'):
+      safe = "model.moe.router.priority='token_major', or no capacity_factor"
     raise BadInput(
       f"model.moe.router={moe.router} lets a token see later ones, so a model of kind 'decoder' would train on what "
       f'it has to predict: accepted are {safe}, or allow_leak=True'
     )
 
 
-def router_flags(moe: MoESettings) -> Flags:
-  """What the layer's router promises; no array is made.
+def _check_group_size(settings: Settings) -> None:
+  size = settings.model.moe.router.get('group_size')
+  microbatch = settings.batch_size // settings.microbatches
+  if size and microbatch % size:
+    raise BadInput(
+      f'model.moe.router.group_size={size} does not divide the {microbatch} sequences of a microbatch '
+      '(batch_size / microbatches)'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterFacts:
+  """What is known of the layer's router before it exists.
+
+  Attributes:
+    flags: what it promises.
+    has_bias: whether it has a bias that loss-free balancing moves.
+    rows_per_token: sequence length -> mean number of experts (or slots) that work on a token.
+  """
+
+  flags: Flags
+  has_bias: bool
+  rows_per_token: Callable[[int], float]
+
+
+def router_facts(model: ModelSettings) -> RouterFacts:
+  """Asks the layer's own router; no array is made.
 
   Raises:
     ValueError: an unknown router or option, or one out of its range.
   """
-  flags = []
+  routers, moe = [], model.moe
 
   def make(key: jax.Array) -> None:
-    sizes = (1, moe.d_ff, moe.num_experts)
-    layer = MoE(*sizes, moe.router, granularity=moe.granularity, gated=False, rngs=nnx.Rngs(key))
-    flags.append(layer.router.flags)
+    sizes = (model.d_model, moe.d_ff, moe.num_experts)
+    layer = MoE(
+      *sizes,
+      moe.router,
+      granularity=moe.granularity,
+      zero_experts=moe.zero_experts,
+      gated=False,
+      rngs=nnx.Rngs(key),
+    )
+    routers.append(layer.router)
 
   jax.eval_shape(make, jax.random.key(0))
-  return flags[0]
+  router = routers[0]
+  return RouterFacts(router.flags, router.bias is not None, router.rows_per_token)
 
 
 def make_exchange(settings: Settings, mesh: Mesh) -> Exchange:
@@ -169,7 +249,7 @@ def make_exchange(settings: Settings, mesh: Mesh) -> Exchange:
   name = settings.model.moe.exchange
   if mesh.size == 1:
     return single
-  local = mesh.shape['expert'] == 1 and router_flags(settings.model.moe).stays_in_sequence
+  local = mesh.shape['expert'] == 1 and router_facts(settings.model).flags.stays_in_sequence
   if name == 'local' and not local:
     raise BadInput(
       f"model.moe.exchange='local' with mesh axis expert={mesh.shape['expert']} and router "
@@ -227,6 +307,9 @@ def _moe_maker(settings: Settings, mesh: Mesh, dtype):
     moe.router,
     granularity=moe.granularity,
     num_shared=moe.num_shared,
+    shared_mix=moe.shared_mix,
+    zero_experts=moe.zero_experts,
+    zero_cost=moe.zero_cost,
     activation=model.activation,
     gated=model.gated,
     losses={},  # the training step makes them of the stats of all microbatches
@@ -283,18 +366,8 @@ def _moe_flops(settings: Settings, stream: Stream) -> dict[str, float]:
 
 def experts_per_token(settings: Settings, stream: Stream) -> float:
   """Mean number of routed experts that work on a token, before any drop."""
-  moe = settings.model.moe
-  name, options = moe.router['name'], moe.router
-  num_experts = moe.num_experts * moe.granularity
-  if name == 'dense':
-    return num_experts
-  if name == 'soft':
-    height, width, _ = stream.image_shape or (settings.data.sequence_length, 1, 1)
-    patch = settings.model.patch_size if stream.image_shape else 1
-    return num_experts * options.get('slots', 1) / ((height // patch) * (width // patch))
-  if name == 'expert_choice':
-    default = 2.0 if moe.granularity == 1 else 1.0
-    return options.get('capacity_factor', default) * moe.granularity
-  if name in ('switch', 'gshard'):
-    return {'switch': 1, 'gshard': 2}[name]
-  return options.get('k', 2 if moe.granularity == 1 else 1) * moe.granularity
+  positions = settings.data.sequence_length
+  if stream.image_shape is not None:
+    height, width, _ = stream.image_shape
+    positions = (height // settings.model.patch_size) * (width // settings.model.patch_size)
+  return router_facts(settings.model).rows_per_token(positions)

@@ -24,7 +24,9 @@ from experiments.errors import BadInput, ExperimentError
 from experiments.schema import unknown_key
 from experiments.settings import Settings
 
-_OPEN_SECTIONS = ('model.moe.router', 'model.moe.losses')  # their keys are a router's, a loss's
+_ROUTER = 'model.moe.router'
+# their keys are a router's, losses, kinds of experts
+_OPEN_SECTIONS = (_ROUTER, 'model.moe.losses', 'model.moe.zero_experts')
 _TYPE_NAMES = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a str'}
 
 _USAGE = """usage: python -m {program} --config FILE.py[:arg] [--config.key=value ...] [--workdir DIR]
@@ -51,20 +53,32 @@ def parse(
     BadInput: one sentence; nothing was written and no device was touched.
     SystemExit: with 0, after --help.
   """
-  own, rest = _parse_own(argv, program, define)
-  path, given = own.pop('config'), own.pop('workdir')
-  if not path and given and workdirs.config_path(Path(given)).is_file():
-    path = str(workdirs.config_path(Path(given)))
-  if not path:
-    raise BadInput(
-      f'--config is missing: usage: python -m {program} --config FILE.py [--workdir DIR]'
-    )
-  config = _override(_load(path), rest)
+  path, given, own, rest = parse_own(argv, program, define)
+  config = override(_load(path), ['', *rest])
   settings = Settings.from_config(config)
   file, _, argument = path.partition(':')
   name = '-'.join(filter(None, (Path(file).stem, argument)))
   workdir = Path(given) if given else workdirs.fresh(name)
   return settings, config.to_dict(), workdir, own
+
+
+def folders(argv: list[str], program: str, names: tuple[str, ...] = ('DIR',)) -> list[Path]:
+  """The folders that are a program's only arguments.
+
+  Raises:
+    BadInput: there are more or fewer, or one does not exist.
+    SystemExit: with 0, after --help.
+  """
+  usage = f'usage: python -m {program} {" ".join(names)}'
+  if argv[1:] == ['--help']:
+    print(usage)
+    sys.exit(0)
+  if len(argv) != len(names) + 1:
+    raise BadInput(f'{" ".join(argv[1:])!r} is not accepted: {usage}')
+  for name, given in zip(names, argv[1:], strict=True):
+    if not Path(given).is_dir():
+      raise BadInput(f'{name}={given} is not accepted: there is no such folder')
+  return [Path(given) for given in argv[1:]]
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -77,10 +91,13 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
   sys.exit(code or 0)
 
 
-def _parse_own(
-  argv: list[str], program: str, define: Callable[[flags.FlagValues], None] | None
-) -> tuple[dict[str, Any], list[str]]:
-  """Values of --config, --workdir and the program's own flags, and the rest of `argv`: the overrides."""
+def parse_own(
+  argv: list[str], program: str, define: Callable[[flags.FlagValues], None] | None = None
+) -> tuple[str, str, dict[str, Any], list[str]]:
+  """--config, --workdir (empty if not given), the program's own flags, and the rest of `argv`: the overrides.
+
+  With --workdir alone the config is the config.json in there. Arguments and errors as of `parse`.
+  """
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
   for name in ('config', 'workdir'):
@@ -101,7 +118,14 @@ def _parse_own(
       raise BadInput(
         unknown_key(f'--{key}', [f'--{name}' for name in [*named, 'config.key=value']])
       )
-  return named, rest
+  path, given = named.pop('config'), named.pop('workdir')
+  if not path and given and workdirs.config_path(Path(given)).is_file():
+    path = str(workdirs.config_path(Path(given)))
+  if not path:
+    raise BadInput(
+      f'--config is missing: usage: python -m {program} --config FILE.py [--workdir DIR]'
+    )
+  return path, given, named, rest[1:]
 
 
 def _parse_flags(values: flags.FlagValues, argv: list[str], known_only: bool = False) -> list[str]:
@@ -123,23 +147,38 @@ def _load(path: str) -> ConfigDict:
     raise BadInput(f'--config={path} is not accepted: there is no file {file}')
   if file.suffix == '.json':
     return ConfigDict(workdirs.read_json(file))
-  config = _execute(file, (argument,) if colon else ())
+  (config,) = execute(file, 'a config', ('get_config',), (argument,) if colon else ())
   if not isinstance(config, ConfigDict):
     kind = type(config).__name__
     raise BadInput(f'{file}: get_config() must return an ml_collections.ConfigDict, not a {kind}')
   return config
 
 
-def _execute(file: Path, arguments: tuple[str, ...]) -> Any:
+def execute(
+  file: Path, kind: str, functions: tuple[str, ...], arguments: tuple[str, ...] = ()
+) -> list[Any]:
+  """Executes a .py file and returns what its functions return.
+
+  Args:
+    file: of this machine.
+    kind: what the file should be, for the message: 'a config'.
+    functions: names of the functions.
+    arguments: of each.
+
+  Raises:
+    BadInput: there is no such file or function, or the file raises; one sentence that says where.
+  """
+  if file.suffix != '.py' or not file.is_file():
+    raise BadInput(f'--config={file} is not accepted: it must be a .py file of this machine')
   spec = importlib.util.spec_from_file_location('config_file', file)
   assert spec is not None and spec.loader is not None  # a .py file has both
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    get_config = getattr(module, 'get_config', None)
-    if get_config is None:
-      raise BadInput(f'--config={file} is not a config: it has no function get_config')
-    return get_config(*arguments)
+    for name in functions:
+      if not hasattr(module, name):
+        raise BadInput(f'--config={file} is not {kind}: it has no function {name}')
+    return [getattr(module, name)(*arguments) for name in functions]
   except BadInput:
     raise
   except (
@@ -153,13 +192,21 @@ def _execute(file: Path, arguments: tuple[str, ...]) -> Any:
     raise BadInput(f'{where}: {type(error).__name__}: {_one_line(error)}') from error
 
 
-def _override(config: ConfigDict, argv: list[str]) -> ConfigDict:
-  """`config` with the values of `--config.key=value` arguments."""
-  accepted = _keys(config)
+def override(config: ConfigDict, argv: list[str]) -> ConfigDict:
+  """`config` with the values of the `--config.key=value` arguments in argv[1:].
+
+  A router that is chosen by `model.moe.router.name` alone does not get those options of the config's own router that it
+  does not take. Options that `argv` itself gives stay, so that a wrong one is an error.
+
+  Raises:
+    BadInput: an unknown key, a value of another type, or an argument that is none of these.
+  """
+  accepted = keys(config)
   for argument in argv[1:]:
     key = _override_key(argument)
     if key and key not in accepted and key.rpartition('.')[0] not in _OPEN_SECTIONS:
       raise BadInput(unknown_key(key, accepted))
+  router_before = _router(config)
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
   try:
@@ -178,7 +225,37 @@ def _override(config: ConfigDict, argv: list[str]) -> ConfigDict:
     raise BadInput(_one_line(error)) from error
   if left[1:]:
     raise BadInput(f'{left[1]!r} is not accepted: settings are given as --config.key=value')
+  _drop_left_over(values.config, router_before, {_override_key(argument) for argument in argv[1:]})
   return values.config
+
+
+def _router(config: ConfigDict) -> dict[str, Any]:
+  """What the config says of its router; empty where it says nothing."""
+  section: Any = config
+  for name in _ROUTER.split('.'):
+    section = section.get(name) if isinstance(section, ConfigDict) else None
+  return section.to_dict() if isinstance(section, ConfigDict) else {}
+
+
+def _drop_left_over(config: ConfigDict, before: dict[str, Any], given: set[str]) -> None:
+  """Removes options of the router `before` that a router chosen by name does not take.
+
+  Args:
+    config: with all overrides.
+    before: the router of the config's file.
+    given: keys that were overridden.
+  """
+  router = _router(config)
+  name = router.get('name')
+  if f'{_ROUTER}.name' not in given or _ROUTER in given or name == before.get('name'):
+    return
+  from moejax.routers import router_names, router_options  # jax, which nothing else here needs
+
+  if name not in router_names():
+    return  # refused, with the names that are accepted, where the router is made
+  for key in set(before) - {'name', *router_options(name)}:
+    if f'{_ROUTER}.{key}' not in given:
+      del config.model.moe.router[key]
 
 
 def _override_key(argument: str) -> str:
@@ -187,13 +264,14 @@ def _override_key(argument: str) -> str:
   return match[1] if match else ''
 
 
-def _keys(config: ConfigDict, prefix: str = '') -> list[str]:
-  keys = []
+def keys(config: ConfigDict, prefix: str = '') -> list[str]:
+  """All dotted keys, those of sections included."""
+  found = []
   for name, value in config.items():
-    keys.append(f'{prefix}{name}')
+    found.append(f'{prefix}{name}')
     if isinstance(value, ConfigDict):
-      keys += _keys(value, f'{prefix}{name}.')
-  return keys
+      found += keys(value, f'{prefix}{name}.')
+  return found
 
 
 def _type_sentence(config: ConfigDict, argv: list[str], error: flags.IllegalFlagValueError) -> str:

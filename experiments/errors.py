@@ -29,3 +29,9 @@ class DataError(ExperimentError):
   """Corrupt data, or a data stream other than the one a run was started on."""
 
   exit_code = 16
+
+
+class RunsFailed(ExperimentError):
+  """A sweep came to its end and some of its runs did not."""
+
+  exit_code = 17

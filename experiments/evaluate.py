@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from experiments import cli
 from experiments.build import Experiment, assemble
@@ -20,28 +19,23 @@ from experiments.checkpoint import Checkpoints
 from experiments.data import Stream
 from experiments.errors import BadInput
 from experiments.place import place_batch
+from experiments.program import Program
 from experiments.settings import Settings
-from experiments.state import ModelDef
-from experiments.step import make_eval_step
 
 
 class Evaluation:
   """Mean loss and accuracy over the first batches of a stream; compiled once.
 
   Args:
-    definition: the model.
+    program: the model.
     stream: evaluation stream, one pass in a fixed order.
-    mesh: where batches go.
     batches: at most so many.
     bits_per_byte: report this too, of a causal model on bytes.
   """
 
-  def __init__(
-    self, definition: ModelDef, stream: Stream, mesh: Mesh, batches: int, bits_per_byte: bool
-  ):
-    self._step = jax.jit(make_eval_step(definition))
+  def __init__(self, program: Program, stream: Stream, batches: int, bits_per_byte: bool):
+    self._program = program
     self._stream = stream
-    self._mesh = mesh
     self._batches = min(batches, stream.num_batches)
     self._bits_per_byte = bits_per_byte
 
@@ -49,8 +43,8 @@ class Evaluation:
     """eval_loss in nats a prediction, eval_accuracy, and for byte-level text eval_bits_per_byte."""
     loss = correct = count = 0.0
     for index in range(self._batches):
-      batch = place_batch(self._mesh, self._stream.batch(index))
-      sums = jax.device_get(self._step(params, routing, batch))
+      batch = place_batch(self._program.mesh, self._stream.batch(index))
+      sums = jax.device_get(self._program.eval_step(params, routing, batch))
       loss, correct, count = (
         loss + float(sums.loss),
         correct + float(sums.correct),
@@ -65,9 +59,8 @@ class Evaluation:
 def make_evaluation(settings: Settings, parts: Experiment) -> Evaluation:
   """The evaluation that `settings.eval` asks for."""
   return Evaluation(
-    parts.definition,
+    parts.program,
     parts.eval_stream,
-    parts.mesh,
     settings.eval.batches,
     bits_per_byte=settings.data.objective == 'causal' and settings.data.tokenizer == 'bytes',
   )
@@ -79,7 +72,7 @@ def main(argv: list[str]) -> int:
   restored = None
   if (folder / 'checkpoints').is_dir():
     with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
-      restored = checkpoints.restore(parts.abstract)
+      restored = checkpoints.restore(parts.program.abstract)
   if restored is None:
     raise BadInput(f'--workdir={folder} has no checkpoint to evaluate')
   state, _ = restored

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import optax
 
-from experiments.schedules import make_schedule
 from experiments.settings import OptimSettings
 
 # Parameters of layers are stacked, so a norm's scale has two axes: the name decides, not the rank. Scales, biases and
@@ -18,8 +17,8 @@ _NOT_DECAYED = re.compile(
 )
 
 
-def make_optimizer(optim: OptimSettings, steps: int, params: Any) -> optax.GradientTransformation:
-  """AdamW for `params`, any pytree of arrays, with the schedule of `optim` over `steps` updates.
+def make_optimizer(optim: OptimSettings, params: Any) -> optax.GradientTransformation:
+  """AdamW for `params`, any pytree of arrays, at learning rate 1: the training step multiplies by its rate.
 
   Clipping looks at the norm of all gradients together and comes first. Weight decay is decoupled and multiplied by
   the learning rate, as in optax and PyTorch.
@@ -28,7 +27,7 @@ def make_optimizer(optim: OptimSettings, steps: int, params: Any) -> optax.Gradi
     optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
     optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
     optax.add_decayed_weights(optim.weight_decay, decay_mask(params)),
-    optax.scale_by_learning_rate(make_schedule(optim, steps)),
+    optax.scale(-1.0),
   )
 
 

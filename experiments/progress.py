@@ -132,7 +132,7 @@ class Progress:
     if times['seconds'] - self._told < _LINE_SECONDS and self._done < self._steps:
       return
     self._told = times['seconds']
-    left = _clock_time((self._steps - self._done) * times['seconds_per_step'])
+    left = clock_time((self._steps - self._done) * times['seconds_per_step'])
     self.note(f'step {self._done}/{self._steps}, loss {loss:.4f}, {speed}, {left} left')
 
 
@@ -153,7 +153,7 @@ def _short(number: float) -> str:
   return f'{number:.3g}'
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
   """'1:02:03', '4:05'."""
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)

@@ -57,6 +57,9 @@ class MoESettings:
   d_ff: Annotated[int, _not_negative]  # resolved: never 0 after from_config
   granularity: Annotated[int, _at_least_1]
   num_shared: Annotated[int, _not_negative]
+  shared_mix: bool
+  zero_experts: dict[str, Annotated[int, _not_negative]]  # how many by kind
+  zero_cost: Annotated[float, _not_negative]
   output_norm: bool
   dispatch: Literal['fused', 'sorted', 'einsum']
   exchange: Literal['auto', 'local', 'all_gather']
@@ -128,6 +131,7 @@ class CheckpointSettings:
 class LogSettings:
   every: Annotated[int, _at_least_1]
   tensorboard: bool
+  report: bool
 
 
 @dataclasses.dataclass(frozen=True)

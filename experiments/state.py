@@ -77,18 +77,17 @@ def make_state(
   definition: ModelDef,
   make_optimizer: Callable[[Any], optax.GradientTransformation],
   mesh: Mesh,
-  key: jax.Array,
-) -> tuple[Callable[[], TrainState], TrainState, optax.GradientTransformation]:
+) -> tuple[Callable[[jax.Array], TrainState], TrainState, optax.GradientTransformation]:
   """How to create a state, what it will look like, and the optimizer that belongs to it.
 
   Returns:
-    A function that computes the initial state, every array on its own shards from the start; the state of
+    A function of a key that computes the initial state, every array on its own shards from the start; the state of
     `jax.ShapeDtypeStruct` with shardings, to restore into; the optimizer.
 
   Raises:
     ValueError: parameters that do not divide over the mesh.
   """
-  abstract_params, _ = jax.eval_shape(definition.init, key)
+  abstract_params, _ = jax.eval_shape(definition.init, jax.random.key(0))
   optimizer = make_optimizer(abstract_params)
 
   def init(key: jax.Array) -> TrainState:
@@ -96,7 +95,7 @@ def make_state(
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, routing, optimizer.init(params), zero, zero)
 
-  abstract = jax.eval_shape(init, key)
+  abstract = jax.eval_shape(init, jax.random.key(0))
   replicated = NamedSharding(mesh, P())
   params = param_shardings(mesh, abstract.params)
   shardings = dataclasses.replace(
@@ -110,4 +109,4 @@ def make_state(
     abstract,
     shardings,
   )
-  return lambda: jax.jit(init, out_shardings=shardings)(key), abstract, optimizer
+  return jax.jit(init, out_shardings=shardings), abstract, optimizer

@@ -10,13 +10,17 @@ the backward pass.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from experiments.schedules import make_schedule
+from experiments.settings import OptimSettings
 from experiments.state import ModelDef, TrainState
 from moejax.arrays import RoutingStats
 from moejax.moe.controllers import balance_biases
@@ -38,14 +42,43 @@ class Totals:
   stats: RoutingStats | None
 
 
-def totals(model, batch: Batch, rng: jax.Array | None, train: bool) -> Totals:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Control:
+  """What differs between steps and runs beside data: arguments of the compiled step, so that runs of one shape that
+  differ in seed, length or schedule share one program.
+
+  Attributes:
+    seed: uint32, of the routers' noise; the key of a step is a function of seed and step alone.
+    learning_rate: float32.
+    progress: float32, the fraction of the run's steps that is done.
+  """
+
+  seed: jax.Array | np.uint32
+  learning_rate: jax.Array | np.float32
+  progress: jax.Array | np.float32
+
+
+def controls(optim: OptimSettings, seed: int, steps: int) -> Callable[[int], Control]:
+  """`step -> Control` of a run; numpy scalars, so that nothing is computed on the device."""
+  rates = np.asarray(make_schedule(optim, steps)(np.arange(steps)))
+
+  def at(step: int) -> Control:
+    return Control(np.uint32(seed), rates[step], np.float32(step / steps))
+
+  return at
+
+
+def totals(
+  model, batch: Batch, rng: jax.Array | None, progress: jax.Array | None, train: bool
+) -> Totals:
   """Cross-entropy of one batch, summed over what is to be predicted.
 
   Text: tokens, targets, segment_ids, positions and loss_mask `[B, S]`. Images: image `[B, I, J, Q]`, label `[B]`, and
   in evaluation valid `[B]`.
   """
   if 'image' in batch:
-    logits, stats = model(batch['image'], rng=rng, train=train)
+    logits, stats = model(batch['image'], rng=rng, progress=progress, train=train)
     targets, predicted = batch['label'], batch.get('valid', jnp.ones(batch['label'].shape, bool))
   else:
     logits, stats = model(
@@ -54,14 +87,16 @@ def totals(model, batch: Batch, rng: jax.Array | None, train: bool) -> Totals:
       segment_ids=batch['segment_ids'],
       mask=batch['segment_ids'] > 0,
       rng=rng,
+      progress=progress,
       train=train,
     )
     targets, predicted = batch['targets'], batch['loss_mask']
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  guess = logits.argmax(-1).astype(targets.dtype)
   return Totals(
     loss=jnp.where(predicted, loss, 0).sum(),
-    correct=(predicted & (logits.argmax(-1) == targets)).sum(dtype=jnp.float32),
-    count=predicted.sum(dtype=jnp.float32),
+    correct=(predicted & (guess == targets)).sum(dtype=loss.dtype),
+    count=predicted.sum(dtype=loss.dtype),
     stats=stats,
   )
 
@@ -70,17 +105,15 @@ def make_train_step(
   definition: ModelDef,
   optimizer: optax.GradientTransformation,
   *,
-  seed: int,
   microbatches: int,
   losses: Mapping[str, float],
   bias_rate: float,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """The step `(state, batch) -> (state, metrics)`; a pure function, to be compiled with the state donated.
+) -> Callable[[TrainState, Batch, Control], tuple[TrainState, Metrics]]:
+  """The step `(state, batch, control) -> (state, metrics)`; a pure function, to be compiled with the state donated.
 
   Args:
     definition: the model.
-    optimizer: of optax.
-    seed: of the routers' noise; the key of a step is a function of seed and step alone.
+    optimizer: of optax; gives the direction, and the learning rate of the control multiplies it.
     microbatches: how many parts the batch is worked on in.
     losses: auxiliary losses, name -> coefficient, added up over layers.
     bias_rate: of the loss-free balancing controller; 0 for none.
@@ -88,18 +121,20 @@ def make_train_step(
   A step whose loss or gradient is not finite changes nothing but the counters.
   """
 
-  def objective(params, routing, batch, rng):
-    sums = sum_over_microbatches(definition, params, routing, batch, rng, microbatches)
+  def objective(params, routing, batch, rng, progress):
+    run = functools.partial(_training_totals, definition, routing, progress)
+    sums = sum_over_microbatches(run, params, batch, rng, microbatches)
     loss = sums.loss / jnp.maximum(sums.count, 1)
     auxiliary = {} if sums.stats is None else layer_losses(sums.stats, losses)
     return loss + sum(value.sum() for value in auxiliary.values()), sums
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+  def step(state: TrainState, batch: Batch, control: Control) -> tuple[TrainState, Metrics]:
+    rng = jax.random.fold_in(jax.random.key(control.seed), state.step)
     gradient = jax.value_and_grad(objective, has_aux=True)
-    (total, sums), grads = gradient(state.params, state.routing, batch, rng)
+    (total, sums), grads = gradient(state.params, state.routing, batch, rng, control.progress)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = optax.tree.scale(control.learning_rate, updates)
     routing = state.routing
     if bias_rate and sums.stats is not None:
       routing = balance_biases(routing, sums.stats.chosen_e, bias_rate)
@@ -128,14 +163,21 @@ def make_train_step(
   return step
 
 
-def sum_over_microbatches(
-  definition: ModelDef, params: Any, routing: Any, batch: Batch, rng: jax.Array, microbatches: int
+def _training_totals(
+  definition: ModelDef, routing: Any, progress: jax.Array, params: Any, batch: Batch, rng: jax.Array
 ) -> Totals:
-  """Totals of the batch. Of several parts, only the totals and the key stay in memory from one to the next."""
+  return totals(definition.model(params, routing), batch, rng, progress, train=True)
 
-  def one(params, part, rng):
-    return totals(definition.model(params, routing), part, rng, train=True)
 
+def sum_over_microbatches(
+  one: Callable[[Any, Batch, jax.Array], Totals],
+  params: Any,
+  batch: Batch,
+  rng: jax.Array,
+  microbatches: int,
+) -> Totals:
+  """Sum of `one(params, part, key)` over the parts of the batch; of several, only the totals and the key stay in
+  memory from one to the next."""
   if microbatches == 1:
     return one(params, batch, rng)
 
@@ -175,6 +217,6 @@ def make_eval_step(definition: ModelDef) -> Callable[[Any, Any, Batch], Totals]:
   """`(params, routing, batch) -> Totals`: no noise, evaluation capacities."""
 
   def step(params: Any, routing: Any, batch: Batch) -> Totals:
-    return totals(definition.model(params, routing), batch, None, train=False)
+    return totals(definition.model(params, routing), batch, None, None, train=False)
 
   return step

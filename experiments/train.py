@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from experiments.errors import NonFiniteError
 from experiments.evaluate import make_evaluation
 from experiments.log import make_writer
 from experiments.place import place_batch
+from experiments.program import Program
 from experiments.progress import Progress, compiling
 from experiments.report import write_report
-from experiments.schedules import make_schedule
 from experiments.settings import Settings
 from experiments.state import TrainState
-from experiments.step import make_train_step
+from experiments.step import controls
 from moejax.transformer.flops import count_params
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -37,16 +37,30 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 def main(argv: list[str]) -> int:
   settings, config, folder, _ = cli.parse(argv, 'experiments.train')
-  parts = assemble(settings)
-  step_fn = make_train_step(
-    parts.definition,
-    parts.optimizer,
-    seed=settings.seed,
-    microbatches=settings.microbatches,
-    losses=settings.model.moe.losses,
-    bias_rate=settings.optim.bias_rate,
-  )
-  schedule = make_schedule(settings.optim, settings.steps)
+  train(settings, config, folder)
+  return 0
+
+
+def train(
+  settings: Settings,
+  config: Mapping[str, Any],
+  folder: Path,
+  programs: dict[str, Program] | None = None,
+) -> Experiment:
+  """Trains in `folder`, or goes on there.
+
+  Args:
+    settings: of `config`.
+    config: what the folder's config.json will hold.
+    folder: the workdir.
+    programs: see `assemble`.
+
+  Returns:
+    The data and the program of the run.
+  """
+  parts = assemble(settings, programs)
+  program = parts.program
+  control = controls(settings.optim, settings.seed, settings.steps)
   evaluate = make_evaluation(settings, parts)
 
   with contextlib.ExitStack() as stack:
@@ -62,15 +76,13 @@ def main(argv: list[str]) -> int:
     writer = stack.enter_context(contextlib.closing(make_writer(folder, settings.log, first_step)))
     stop = stack.enter_context(stop_requested())
     progress = stack.enter_context(contextlib.closing(make_progress(settings, parts, first_step)))
-    compiled = None
-
     for step, rows in zip(range(first_step, settings.steps), batches, strict=True):
-      batch = place_batch(parts.mesh, rows)
-      if compiled is None:
+      batch = place_batch(program.mesh, rows)
+      if not program.is_compiled:
         with compiling('the training step'), progress.paused():
-          compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
+          program.compile(state, batch, control(step))
       with profiled(settings.profile and step - first_step == 5, folder):
-        state, metrics = compiled(state, batch)
+        state, metrics = program.train_step(state, batch, control(step))
         if settings.profile:
           jax.block_until_ready(metrics)
       done = step + 1
@@ -78,9 +90,7 @@ def main(argv: list[str]) -> int:
       if last or is_due(settings.log.every, done):
         metrics = jax.device_get(metrics)
         refuse_non_finite(metrics, step)
-        metrics['learning_rate'] = schedule(
-          step - metrics['skipped']
-        )  # skipped steps are no updates
+        metrics['learning_rate'] = float(control(step).learning_rate)
         timed = progress.update(done, float(metrics['loss']))
         if last or is_due(settings.eval.every, done):
           with progress.paused():
@@ -96,9 +106,10 @@ def main(argv: list[str]) -> int:
         progress.note(f'Stopped after step {done} as asked; the same command goes on from here')
         break
 
-  write_report(folder)
-  print(f'Report: {folder / "report.html"}', file=sys.stderr)
-  return 0
+  if settings.log.report:
+    write_report(folder)
+    print(f'Report: {folder / "report.html"}', file=sys.stderr)
+  return parts
 
 
 def is_due(every: int, done: int) -> bool:
@@ -114,9 +125,9 @@ def restore_or_init(
   Raises:
     DataMismatch: the data stream is not the one that the run began with.
   """
-  restored = checkpoints.restore(parts.abstract)
+  restored = checkpoints.restore(parts.program.abstract)
   if restored is None:
-    return parts.init(), 0
+    return parts.program.init(jax.random.key(settings.seed)), 0
   state, meta = restored
   if not settings.data.allow_changed_stream:
     check_fingerprint(meta['data'], parts.train_stream.fingerprint)
@@ -132,8 +143,8 @@ def make_progress(settings: Settings, parts: Experiment, first_step: int) -> Pro
     first_step,
     tokens_per_step=settings.batch_size * per_record,
     flops_per_step=training_flops(settings, parts.train_stream),
-    device_kind=parts.mesh.devices.flat[0].device_kind,
-    num_devices=parts.mesh.size,
+    device_kind=parts.program.mesh.devices.flat[0].device_kind,
+    num_devices=parts.program.mesh.size,
     unit='images' if images else 'tokens',
   )
 
@@ -152,7 +163,7 @@ def parameter_counts(settings: Settings, parts: Experiment, state: TrainState) -
 def announce(folder: Path, state: TrainState, parts: Experiment, first_step: int) -> None:
   """One line about what is going to happen."""
   count = count_params(state.params)['total']
-  stream, mesh = parts.train_stream, parts.mesh
+  stream, mesh = parts.train_stream, parts.program.mesh
   print(
     f'{folder}: {f"resuming at step {first_step}" if first_step else "starting"}; {count:,} parameters on '
     f'{mesh.size} x {mesh.devices.flat[0].device_kind}; {stream.num_records:,} records of '

@@ -104,6 +104,22 @@ def opened(workdir: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     BadInput: another run writes here, or the folder belongs to another experiment.
     StorageError: the folder cannot be made or written.
   """
+  with locked(workdir):
+    for line in _changes(workdir, config):
+      print(line, file=sys.stderr)
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    write_text(config_path(workdir), text + '\n')
+    yield workdir
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[Path]:
+  """The folder, made, and nobody else's for as long as the `with` block lasts.
+
+  Raises:
+    BadInput: another process has it.
+    StorageError: the folder cannot be made or written.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = os.open(workdir / 'lock', os.O_RDWR | os.O_CREAT, 0o644)
@@ -111,10 +127,6 @@ def opened(workdir: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     raise StorageError(f'workdir {workdir} cannot be written: {error.strerror}') from error
   try:
     _lock(workdir, lock)
-    for line in _changes(workdir, config):
-      print(line, file=sys.stderr)
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-    write_text(config_path(workdir), text + '\n')
     yield workdir
   finally:
     os.close(lock)

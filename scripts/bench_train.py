@@ -35,7 +35,7 @@ import numpy as np
 from experiments.optim import make_optimizer
 from experiments.settings import OptimSettings
 from experiments.state import ModelDef, make_state
-from experiments.step import make_train_step
+from experiments.step import controls, make_train_step
 from moejax.mesh.make import make_mesh
 from moejax.moe.layer import MoE
 from moejax.transformer import Decoder
@@ -66,11 +66,11 @@ class Ours:
     )
     mesh = make_mesh(devices=jax.devices('cpu')[:1])
     definition = ModelDef(our_model)
-    optimizer = functools.partial(make_optimizer, optim, 1000)
-    init, _, optimizer = make_state(definition, optimizer, mesh, jax.random.key(0))
-    options = dict(seed=0, microbatches=1, losses=LOSSES, bias_rate=0.0)
+    optimizer = functools.partial(make_optimizer, optim)
+    init, _, optimizer = make_state(definition, optimizer, mesh)
+    options = dict(microbatches=1, losses=LOSSES, bias_rate=0.0)
     step = make_train_step(definition, optimizer, **options)
-    self.state = init()
+    self.state = init(jax.random.key(0))
     self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
     ones = np.ones(tokens.shape, np.int32)
     self.batch = {
@@ -80,14 +80,16 @@ class Ours:
       'positions': ones.cumsum(axis=1, dtype=np.int32) - 1,
       'loss_mask': np.arange(LENGTH)[None, :] < ones * (LENGTH - 1),
     }
+    self._control = controls(optim, seed=0, steps=1)(0)
     start = time.perf_counter()
-    self._step = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()
+    jitted = jax.jit(step, donate_argnums=0)
+    self._step = jitted.lower(self.state, self.batch, self._control).compile()
     self.compile_seconds = time.perf_counter() - start
 
   def train(self, steps: int) -> float:
     """The loss of the last of so many steps."""
     for _ in range(steps):
-      self.state, metrics = self._step(self.state, self.batch)
+      self.state, metrics = self._step(self.state, self.batch, self._control)
     return float(metrics['loss'])
 
 

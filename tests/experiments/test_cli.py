@@ -65,6 +65,38 @@ def test_a_router_and_its_options_come_from_the_command_line():
   assert router == {'name': 'soft', 'slots': 4}
 
 
+@pytest.mark.parametrize(
+  'overrides, router',
+  [
+    (['name=soft'], {'name': 'soft'}),
+    (['name=switch'], {'name': 'switch'}),
+    (['name=gshard', 'priority=token_major'], {'name': 'gshard', 'priority': 'token_major'}),
+    (['name=top_k'], {'name': 'top_k', 'k': 2}),
+    (['name=soft', 'k=2'], {'name': 'soft', 'k': 2}),  # said of soft, which will refuse it
+    (['name=top_k', 'slots=4'], {'name': 'top_k', 'k': 2, 'slots': 4}),
+    (['name=topk'], {'name': 'topk', 'k': 2}),
+  ],
+)
+def test_a_router_chosen_by_name_has_no_options_of_the_one_before(overrides, router):
+  arguments = [f'--config.model.moe.router.{one}' for one in overrides]
+  settings, config, _, _ = _parse(f'--config={_COMMON}', *arguments)
+  assert settings.model.moe.router == router
+  assert config['model']['moe']['router'] == router
+
+
+def test_options_that_both_routers_take_are_kept(tmp_path):
+  file = _config(
+    tmp_path,
+    'from configs import common\n'
+    'def get_config():\n'
+    '  config = common.get_config()\n'
+    "  config.model.moe.router = {'name': 'top_k', 'k': 3, 'noise_std': 0.5}\n"
+    '  return config\n',
+  )
+  settings = _parse(f'--config={file}', '--config.model.moe.router.name=expert_choice')[0]
+  assert settings.model.moe.router == {'name': 'expert_choice', 'noise_std': 0.5}
+
+
 def test_without_workdir_a_fresh_one_is_named_after_the_config():
   workdir = _parse(f'--config={_COMMON}')[2]
   assert workdir.parent == Path('runs')

@@ -35,6 +35,7 @@ def _config_keys(config, prefix=''):
     nested = isinstance(value, dict) and f'{prefix}{name}' not in (
       'model.moe.router',
       'model.moe.losses',
+      'model.moe.zero_experts',
     )
     keys |= _config_keys(value, f'{prefix}{name}.') if nested else {prefix + name}
   return keys
@@ -192,7 +193,11 @@ def test_an_int_is_accepted_for_a_float_and_becomes_one():
     ),
     ('stepz', 3, 'stepz is not a setting: did you mean steps?'),
     ('model.num_layer', 3, 'model.num_layer is not a setting: did you mean model.num_layers?'),
-    ('log.colour', 3, 'log.colour is not a setting: accepted are log.every, log.tensorboard'),
+    (
+      'log.colour',
+      3,
+      'log.colour is not a setting: accepted are log.every, log.tensorboard, log.report',
+    ),
   ],
 )
 def test_a_value_that_cannot_be_run_is_refused_in_one_sentence(path, value, sentence):

@@ -1,0 +1,1 @@
+"""Comparisons of routers: sweep files whose runs differ in the router and the seed."""

@@ -1,0 +1,51 @@
+"""Routers that fit a causal language model, on bytes, at equal active and total parameters.
+
+Two experts of width 128 out of eight work on a token, or one of width 256 out of four where a router chooses one.
+
+Paper: of each router, see moejax/routers.
+Command: scripts/python -m experiments.compare --config configs/compare/lm_tiny.py
+Results: experiments/results/compare_lm_tiny.
+"""
+
+from configs.sweeps import fine_grained_cpu, grid
+
+SEEDS = (0, 1, 2)
+BALANCE = {'balance': 0.01, 'z': 0.001}
+ONE = {'model.moe.num_experts': 4, 'model.moe.d_ff': 256}  # for routers of one choice
+ARMS = (
+  ({'name': 'top_k', 'k': 2}, BALANCE, {}),
+  ({'name': 'top_k', 'k': 2, 'weighting': 'sigmoid_norm'}, BALANCE, {}),
+  ({'name': 'top_k', 'k': 2, 'weighting': 'softmax_topk'}, BALANCE, {}),
+  ({'name': 'noisy_top_k', 'k': 2}, {'importance': 0.1, 'load': 0.1}, {}),
+  ({'name': 'cosine', 'k': 2}, BALANCE, {}),
+  ({'name': 'group_limited', 'k': 2, 'balance_bias': False}, BALANCE, {}),
+  ({'name': 'modified_softmax', 'k': 2}, BALANCE, {}),
+  ({'name': 'ada_moe'}, BALANCE, {}),
+  ({'name': 'expert_choice', 'capacity_factor': 2.0, 'group': 'position'}, {}, {}),
+  ({'name': 'sinkhorn_expert_choice', 'capacity_factor': 2.0, 'group': 'position'}, {}, {}),
+  ({'name': 'switch'}, BALANCE, ONE),
+  ({'name': 'smile'}, {'cluster_balance': 0.01, 'member_balance': 0.01, 'z': 0.001}, ONE),
+  ({'name': 'locmoe'}, BALANCE, ONE),
+  ({'name': 'hash'}, {}, ONE),
+  ({'name': 'thor'}, {}, ONE),
+)
+
+
+def get_base():
+  config = fine_grained_cpu.get_base()
+  config.steps = 250
+  config.model.d_model = 64
+  config.model.d_ff = 256
+  config.model.num_layers = 2
+  config.model.moe.num_experts = 8
+  config.model.moe.d_ff = 128
+  config.model.moe.output_norm = False
+  return config
+
+
+def get_runs():
+  arms = [
+    {'model.moe.router': router, 'model.moe.losses': losses} | sizes
+    for router, losses, sizes in ARMS
+  ]
+  return [arm | seed for arm in arms for seed in grid({'seed': SEEDS})]

@@ -1,0 +1,51 @@
+"""Soft MoE against its rivals and its own ablations, on the embedded images.
+
+A ViT of four blocks on 16 patches an image. At equal cost: 16 slots (or places) for 16 tokens in every mixture.
+
+Paper: Soft MoE, Puigcerver et al. 2023: figure 3 (routers), table 2 (mixing), figure 6 (slots and experts), tables 4-6
+  (placement).
+Command: scripts/python -m experiments.sweep --config configs/sweeps/soft_moe_cpu.py
+Results: experiments/results/soft_moe_cpu.
+"""
+
+from configs import tiny_soft_moe_vit
+from configs.sweeps import grid
+
+SEEDS = (0, 1, 2)
+TOKEN_CHOICE = {'name': 'top_k', 'k': 1, 'capacity_factor': 1.0}
+ROUTERS = {
+  'soft': {'name': 'soft', 'slots': 1},
+  'experts_choice': {'name': 'expert_choice', 'capacity_factor': 1.0, 'group': 'sequence'},
+  'tokens_choice': TOKEN_CHOICE,
+  'tokens_choice_bpr': TOKEN_CHOICE | {'priority': 'score'},
+}
+MIXINGS = ('learned_dispatch', 'learned_combine', 'uniform', 'identity')
+# experts and slots of each; 16 experts of one slot are in ROUTERS
+SLOTS = ((1, 16), (4, 4), (1, 64), (16, 4))
+PLACEMENTS = ('0,1', '1,3')  # the last half is in ROUTERS
+
+
+def get_base():
+  config = tiny_soft_moe_vit.get_config()
+  config.steps = 400
+  config.optim.warmup_steps = 40
+  config.eval = {'every': 0, 'batches': 16}
+  config.checkpoint.every = 0
+  config.log = {'every': 40, 'tensorboard': False, 'report': False}
+  return config
+
+
+def get_runs():
+  losses = {'soft': {}, 'experts_choice': {}}
+  arms = [{'model.moe.layers': 'none'}]
+  for name, router in ROUTERS.items():
+    arms.append(
+      {'model.moe.router': router, 'model.moe.losses': losses.get(name, {'balance': 0.01})}
+    )
+  arms += [{'model.moe.router': {'name': 'soft', 'mixing': mixing}} for mixing in MIXINGS]
+  for experts, slots in SLOTS:
+    arms.append(
+      {'model.moe.num_experts': experts, 'model.moe.router': {'name': 'soft', 'slots': slots}}
+    )
+  arms += [{'model.moe.layers': layers} for layers in PLACEMENTS]
+  return [arm | seed for arm in arms for seed in grid({'seed': SEEDS})]

@@ -1,0 +1,77 @@
+"""What is compiled of an experiment; runs of one shape share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from experiments.state import ModelDef, TrainState, make_state
+from experiments.step import Batch, Control, Metrics, make_eval_step, make_train_step
+
+
+class Program:
+  """A model on a mesh with its three functions: initial state, training step, evaluation step.
+
+  Each is compiled by its first call. Nothing in here knows the seed, the number of steps or the learning rate: they are
+  arguments.
+
+  Args:
+    definition: the model.
+    make_optimizer: of abstract parameters.
+    mesh: over all devices.
+    microbatches, losses, bias_rate: see `make_train_step`.
+
+  Attributes:
+    mesh, definition, optimizer: as given.
+    abstract: what a state looks like, with shardings, to restore into.
+    init: `key -> TrainState`, on its shards from the start.
+    eval_step: `(params, routing, batch) -> Totals`.
+
+  Raises:
+    ValueError: parameters that do not divide over the mesh.
+  """
+
+  def __init__(
+    self,
+    definition: ModelDef,
+    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    mesh: Mesh,
+    *,
+    microbatches: int,
+    losses: Mapping[str, float],
+    bias_rate: float,
+  ):
+    self.mesh = mesh
+    self.definition = definition
+    self.init, self.abstract, self.optimizer = make_state(definition, make_optimizer, mesh)
+    self.eval_step = jax.jit(make_eval_step(definition))
+    step = make_train_step(
+      definition,
+      self.optimizer,
+      microbatches=microbatches,
+      losses=losses,
+      bias_rate=bias_rate,
+    )
+    self._train_step = jax.jit(step, donate_argnums=0)
+    self._compiled: Any = None
+
+  @property
+  def is_compiled(self) -> bool:
+    """Whether the training step is."""
+    return self._compiled is not None
+
+  def compile(self, state: TrainState, batch: Batch, control: Control) -> None:
+    """Compiles the training step for arrays like these."""
+    self._compiled = self._train_step.lower(state, batch, control).compile()
+
+  def train_step(
+    self, state: TrainState, batch: Batch, control: Control
+  ) -> tuple[TrainState, Metrics]:
+    """One step; the state that is given is used up."""
+    if not self.is_compiled:
+      self.compile(state, batch, control)
+    return self._compiled(state, batch, control)

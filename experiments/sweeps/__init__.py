@@ -1,0 +1,1 @@
+"""Many runs over one config: which they are, who runs them, what came out."""

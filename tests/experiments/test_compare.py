@@ -1,0 +1,101 @@
+"""Comparisons: equal work, equal seeds, and a difference only beyond two standard deviations."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import compare
+from experiments.errors import BadInput
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = """
+from configs import common
+from configs.sweeps import grid
+
+def get_base():
+  config = common.get_config()
+  config.update({'batch_size': 8, 'steps': 2})
+  config.data.sequence_length = 16
+  config.model.update({'d_model': 8, 'num_layers': 1, 'num_heads': 2, 'd_ff': 16})
+  config.eval.update({'every': 0, 'batches': 1})
+  config.checkpoint.every = 0
+  config.log.update({'tensorboard': False, 'report': False, 'every': 1})
+  return config
+
+def get_runs():
+  routers = ({'name': 'top_k', 'k': 1}, {'name': 'switch'})
+  return grid({'model.moe.router': routers, 'seed': (0, 1, 2)})
+"""
+
+
+def test_a_comparison_trains_every_router_and_writes_one_table_and_one_figure(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(ROOT)
+  file = tmp_path / 'pair.py'
+  file.write_text(FILE)
+  arguments = [f'--config={file}', f'--workdir={tmp_path / "runs"}', f'--out={tmp_path / "out"}']
+  compare.main(['compare.py', *arguments, '--workers=1'])
+  with (tmp_path / 'out' / 'comparison.csv').open() as stream:
+    lines = list(csv.DictReader(stream))
+  assert [line['router'] for line in lines] == ['top_k k=1', 'switch']
+  assert {line['seeds'] for line in lines} == {'3'}
+  assert all(0 < float(line['load_entropy']) <= 1 for line in lines)
+  assert float(lines[0]['dropped']) == 0 < float(lines[1]['dropped'])
+  page = (tmp_path / 'out' / 'README.md').read_text()
+  assert (
+    compare.page_table([json.loads(json.dumps(line)) for line in compare_lines(tmp_path)]) in page
+  )
+  assert (tmp_path / 'out' / 'plot.png').stat().st_size > 5000
+  assert '`switch`' in capsys.readouterr().out
+
+
+def compare_lines(tmp_path):
+  return json.loads((tmp_path / 'out' / 'result.json').read_text())['routers']
+
+
+@pytest.mark.parametrize(
+  'own, said',
+  [
+    ([1.9, 2.0, 2.1], 'better'),
+    ([2.9, 3.0, 3.1], 'no difference'),
+    ([2.0, 3.0, 4.5], 'no difference'),
+    ([3.9, 4.1, 4.0], 'worse'),
+    ([3.0, 3.1], 'too few seeds'),
+  ],
+)
+def test_a_difference_needs_two_standard_deviations_of_three_seeds(own, said):
+  assert compare.verdict([2.9, 3.0, 3.1][: len(own)], own) == said
+
+
+def row(active, seed=0, loss=1.0, **router):
+  return {
+    'name': 'x',
+    'seed': seed,
+    'N_active': active,
+    'eval_loss': loss,
+    'model.moe.router': router,
+  }
+
+
+def test_routers_of_unlike_work_are_refused():
+  groups = compare.by_router([row(1000, name='a'), row(1100, name='b')])
+  with pytest.raises(BadInput, match='b has 1,100 active parameters and a 1,000'):
+    compare.check_equal_work(groups)
+  compare.check_equal_work(compare.by_router([row(1000, name='a'), row(1010, name='b')]))
+
+
+def test_routers_of_unlike_seeds_or_without_a_loss_are_refused():
+  with pytest.raises(BadInput, match=r'router b has seeds \[1\] and others \[0\]'):
+    compare.by_router([row(1, name='a'), row(1, seed=1, name='b')])
+  without = row(1, name='a')
+  del without['eval_loss']
+  with pytest.raises(BadInput, match='x diverged'):
+    compare.by_router([without])
+
+
+def test_a_label_names_the_router_and_its_options():
+  assert compare.label(row(1, name='top_k', k=2)) == 'top_k k=2'
+  assert compare.label({'model.moe.layers': 'none'}) == 'dense model'

@@ -1,0 +1,87 @@
+"""Studies: what is read off a sweep's table and curves."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.errors import BadInput
+from experiments.studies import expert_choice, fine_grained, rows, soft_moe
+from experiments.studies.multiplicity import experts_by_token
+from moejax import Assignment
+
+TABLE = """key,name,status,seed,eval_loss,model.moe.router,G,seconds
+a,one,finished,1,2.5,"{""name"": ""top_k"", ""k"": 2}",1,30
+b,two,finished,0,2.0,"{""name"": ""top_k"", ""k"": 2}",1,30
+c,three,finished,0,3.0,"{""name"": ""soft""}",2,60
+d,four,diverged,1,,"{""name"": ""soft""}",2,60
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+  (tmp_path / 'table.csv').write_text(TABLE)
+  return tmp_path
+
+
+def test_values_come_in_the_order_of_their_seeds(folder):
+  table = rows.read(folder)
+  assert rows.by_seed(table, 'eval_loss', rows.router_is(name='top_k', k=2)) == [2.0, 2.5]
+  assert fine_grained.of_granularity(table[:3], 2) == [3.0]
+  assert rows.minutes(table) == 3.0
+  assert 'eval_loss' not in table[3]
+
+
+def test_two_runs_of_one_seed_are_refused(folder):
+  with pytest.raises(BadInput, match=r'seeds \[0, 0, 1\]'):
+    rows.by_seed(rows.read(folder)[:3], 'eval_loss', lambda row: True)
+  with pytest.raises(BadInput, match='0 rows'):
+    rows.by_seed(rows.read(folder), 'eval_loss', lambda row: False)
+
+
+def test_a_sweep_that_is_not_finished_is_refused(folder):
+  (folder / 'table.csv').write_text(TABLE.replace('c,three,finished', 'c,three,failed'))
+  with pytest.raises(BadInput, match="1 runs are not finished, the first is 'three'"):
+    rows.read(folder)
+  with pytest.raises(BadInput, match='run the sweep'):
+    rows.read(folder / 'nowhere')
+
+
+def test_steps_to_a_loss_are_read_off_the_straight_lines_between_evaluations():
+  curve = [(25, 4.0), (50, 3.0), (75, 2.5), (100, 2.75)]
+  assert expert_choice.steps_to(curve, 3.5) == 37.5
+  assert expert_choice.steps_to(curve, 2.75) == 62.5
+  assert expert_choice.steps_to(curve, 2.5) == 75
+  assert math.isnan(expert_choice.steps_to(curve, 2.4))
+
+
+def test_experts_of_a_token_are_its_rows_that_were_kept():
+  assignment = Assignment(
+    token=jnp.array([0, 0, 2, 2, 1]),
+    expert=jnp.array([1, 3, 0, 4, 4]),  # 4: dropped
+    weight=jnp.ones(5),
+    chosen=jnp.array([1, 3, 0, 0, 0]),
+    num_experts=4,
+  )
+  np.testing.assert_array_equal(experts_by_token(assignment, 4), [2, 0, 1, 0])
+
+
+def test_the_best_granularity_is_that_of_the_lowest_mean_loss():
+  def row(granularity, seed, loss):
+    size = {'model.d_model': 64, 'steps': 10, 'flops': 1e9 * granularity}
+    return size | {'G': granularity, 'seed': seed, 'eval_loss': loss}
+
+  losses = {1: (3.0, 3.2), 2: (2.9, 2.7), 4: (2.6, 2.9), 8: (3.0, 3.0)}
+  table = [row(g, seed, loss) for g, both in losses.items() for seed, loss in enumerate(both)]
+  (line,) = fine_grained.best_granularities(table)
+  assert line['best_granularity'] == 4
+  assert line['gain_over_1'] == pytest.approx(3.1 - 2.75)
+  assert line['flops'] == 4e9
+
+
+def test_a_claim_about_accuracy_goes_the_way_of_the_larger_number():
+  accuracy = {name: [90.0, 91.0, 92.0] for name in soft_moe.arms()} | {'soft': [95.0, 96.1, 97.2]}
+  first, *_ = soft_moe.claims(accuracy)
+  assert first.measured == pytest.approx(5.1)
+  assert first.verdict == 'reproduced'
