@@ -1,0 +1,80 @@
+"""What our own language models have: parameters of the model itself, and model FLOPs of training it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moejax.transformer.flops import forward_flops_per_token, moe_flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCost:
+  """The columns of a results table that hang on the model alone.
+
+  Attributes:
+    N: parameters of the layers, norms among them: no embedding, no head, no router (as in Krajewski et al. 2024).
+    N_active: those of N that work on a token, with the mean number of experts that do.
+    embedding, router: what N leaves out; embedding is that and the head, once where they are tied.
+    flops_per_token: of training: three times the forward pass, head and attention scores counted.
+  """
+
+  N: int
+  N_active: float
+  embedding: int
+  router: int
+  flops_per_token: float
+
+
+def model_cost(
+  model: Any,
+  counts: Mapping[str, int],
+  *,
+  vocab_size: int,
+  sequence_length: int,
+  choices: float | int = 0.0,
+) -> ModelCost:
+  """The cost of one language model.
+
+  Args:
+    model: the model section of an experiment's settings, resolved (`Settings.model`).
+    counts: parameters by part, `count_params` of the model's own parameters; shapes are enough.
+    vocab_size: V.
+    sequence_length: S.
+    choices: mean number of routed experts that work on a token: `router.rows_per_token(sequence_length)`.
+
+  Raises:
+    ValueError: a model of images, or a mixture without choices.
+  """
+  if model.kind == 'vit':
+    raise ValueError("model.kind='vit': accepted are 'decoder' and 'encoder', laws count tokens")
+  if model.moe_layers and choices <= 0:
+    raise ValueError(f'choices={choices} of a mixture: accepted is more than 0')
+  num_experts = model.moe.num_experts * model.moe.granularity
+  experts = counts.get('moe/experts', 0)
+  embedding = counts['embed'] + counts.get('head', 0)
+  router = counts.get('moe/router', 0)
+  layers = counts['total'] - embedding - router
+  idle = experts * (1 - min(1.0, choices / num_experts)) if experts else 0.0
+  flops = forward_flops_per_token(
+    vocab_size=vocab_size,
+    d_model=model.d_model,
+    num_layers=model.num_layers,
+    num_heads=model.num_heads,
+    d_ff=model.d_ff,
+    seq_len=sequence_length,
+    num_kv_heads=model.num_kv_heads,
+    head_dim=model.head_dim,
+    gated=model.gated,
+    num_moe_layers=len(model.moe_layers),
+    moe=moe_flops_per_token(
+      d_model=model.d_model,
+      d_ff=model.moe.d_ff // model.moe.granularity,
+      num_experts=num_experts,
+      experts_per_token=choices,
+      num_shared=model.moe.num_shared,
+      gated=model.gated,
+    ),
+  )
+  return ModelCost(layers, layers - idle, embedding, router, 3.0 * sum(flops.values()))
