@@ -26,6 +26,8 @@ class Context:
     token_ids: int `[B, S]`.
     positions: int `[B, S]`.
     rng: a PRNG key for noise and jitter.
+    progress: float32 scalar, fraction of the training steps done, for what changes over training (temperatures, k);
+      None outside of training, which counts as 1.
     train: whether noise, jitter and training capacities apply.
   """
 
@@ -33,6 +35,7 @@ class Context:
   token_ids: Array | None = None
   positions: Array | None = None
   rng: Array | None = None
+  progress: Array | None = None
   train: bool = dataclasses.field(default=False, metadata=STATIC)
 
 
@@ -49,6 +52,8 @@ class Scores:
     gate: what the weights of chosen experts are made of.
     probs: rows sum to one; what balance losses and entropies are made of.
     load: probability that the expert stays selected when its noise is drawn again; None without noise.
+    nulls: the last so many experts do nothing and are all alike: their counts are averaged (AdaMoE).
+    clusters: experts stand in so many consecutive groups of equal size (devices, nodes, clusters).
   """
 
   logits: Array
@@ -56,6 +61,8 @@ class Scores:
   gate: Array
   probs: Array
   load: Array | None = None
+  nulls: int = dataclasses.field(default=0, metadata=STATIC)
+  clusters: int = dataclasses.field(default=1, metadata=STATIC)
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +72,8 @@ class Assignment:
 
   Attributes:
     token: int32 `[R]`, index into the T flattened tokens.
-    expert: int32 `[R]`; `num_experts` means that the row is dropped.
+    expert: int32 `[R]`; `num_experts` means that the row is dropped. Where a router knows more experts than
+      the layer's bank holds, those past the bank cost nothing (moejax/moe/zero_computation.py) or do nothing.
     weight: float32 (or wider) `[R]`, the combine weight; zero where dropped.
     chosen: int32 `[R]`, the expert that was wanted before capacity; `num_experts` where none was: padding, and
       second choices that were given up.
@@ -89,10 +97,15 @@ class SoftPlan:
   """Dense dispatch and combine tensors of the soft methods, both `[..., S, E, P]`.
 
   Slot inputs are `einsum('bsep,bsd->bepd', dispatch, x)`, outputs `einsum('bsep,bepd->bsd', combine, ...)`.
+
+  Attributes:
+    dispatch, combine: weight of a token in a slot's input, of a slot's output in a token.
+    across: 0, or g: slots are not those of a sequence, but those of a position of g consecutive sequences.
   """
 
   dispatch: Array
   combine: Array
+  across: int = dataclasses.field(default=0, metadata=STATIC)
 
 
 @jax.tree_util.register_dataclass
@@ -114,6 +127,11 @@ class RoutingStats:
     entropy: scalar, sum of the entropies of `Scores.probs`, in nats.
     sequence_balance: scalar, sum over sequences of its real tokens times its balance loss.
     unrouted: scalar, tokens that no expert worked on.
+    sparsity: scalar, sum of the L1 norms of `Scores.probs`, each of unit L2 norm.
+    cost_e: `[E]`, tokens times the relative cost of the expert; None: all cost the same.
+    clusters: as in `Scores`.
+
+  E counts all experts that the router knows.
   """
 
   tokens: Array
@@ -126,6 +144,9 @@ class RoutingStats:
   entropy: Array
   sequence_balance: Array
   unrouted: Array
+  sparsity: Array | None = None
+  cost_e: Array | None = None
+  clusters: int = dataclasses.field(default=1, metadata=STATIC)
 
 
 @jax.tree_util.register_dataclass

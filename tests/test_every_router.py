@@ -15,7 +15,7 @@ from moejax.moe.dispatch import DISPATCHES
 from moejax.routers import ROUTERS, RouterBias
 from moejax.routers.weighting import WEIGHTINGS
 
-B, S, D, E, F = 2, 5, 8, 4, 6
+B, S, D, E, F, V = 2, 5, 8, 4, 6, 16
 
 ROWS = {
   'top_k': {'name': 'top_k', 'k': 2, 'weighting': 'softmax_topk_norm'},
@@ -51,8 +51,45 @@ ROWS = {
   'expert_choice_position': {'name': 'expert_choice', 'group': 'position'},
   'expert_choice_tokens': {'name': 'expert_choice', 'softmax_over': 'tokens', 'noise_std': 1.0},
   'expert_choice_capped': {'name': 'expert_choice', 'group': 'batch', 'cap': 2},
+  'expert_choice_position_pairs': {
+    'name': 'expert_choice',
+    'group': 'position',
+    'group_size': 2,
+  },
   'soft': {'name': 'soft', 'slots': 2},
+  'soft_combine': {'name': 'soft', 'slots': 2, 'mixing': 'learned_combine'},
   'dense': {'name': 'dense'},
+  'hash': {'name': 'hash', 'of': 'bigram'},
+  'sinkhorn': {'name': 'sinkhorn'},
+  'sinkhorn_expert_choice': {'name': 'sinkhorn_expert_choice', 'capacity_factor': 1.5},
+  'base': {'name': 'base'},
+  'noisy_top_k': {'name': 'noisy_top_k', 'k': 2},
+  'cosine': {'name': 'cosine', 'width': 3},
+  'group_limited': {'name': 'group_limited', 'groups': 2, 'limit': 1},
+  'modified_softmax': {'name': 'modified_softmax'},
+  'mixture_of_tokens': {'name': 'mixture_of_tokens', 'group_size': 2, 'slots': 2},
+  'thor': {'name': 'thor'},
+  'smoe_dropout': {'name': 'smoe_dropout', 'k_min': 1, 'k_max': 3},
+  'ewa': {'name': 'ewa'},
+  'mask_moe': {'name': 'mask_moe', 'k': 2, 'visible': 3, 'counts': tuple(range(V, 0, -1))},
+  'vmoe': {'name': 'vmoe', 'capacity_factor': 0.6},
+  'top_p': {'name': 'top_p', 'p': 0.5, 'eval_p': 0.3},
+  'top_p_renormalised': {'name': 'top_p', 'p': 0.5, 'renorm': True, 'max_k': 3},
+  'ada_moe': {'name': 'ada_moe', 'k': 3, 'nulls': 3},
+  'dense_to_sparse': {'name': 'dense_to_sparse', 'threshold': 0.1},
+  'dense_to_sparse_plain': {
+    'name': 'dense_to_sparse',
+    'tau_max': 1.0,
+    'tau_min': 0.1,
+    'decay': 'exponential',
+    'threshold': 0.1,
+    'tempered': False,
+  },
+  'ds_moe': {'name': 'ds_moe', 'eval_k': 2},
+  'ds_moe_threshold': {'name': 'ds_moe', 'eval_threshold': 0.3},
+  'smile': {'name': 'smile', 'nodes': 2},
+  'locmoe': {'name': 'locmoe'},
+  'moec': {'name': 'moec', 'width': 3},
 }
 
 
@@ -79,8 +116,15 @@ def tokens(seed=1, shape=(B, S, D), dtype=jnp.float32):
   return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
+def ids(seed=5, shape=(B, S)):
+  return jax.random.randint(jax.random.key(seed), shape, 0, V, jnp.int32)
+
+
 def context(train=True, **fields) -> Context:
-  return Context(rng=jax.random.key(7), train=train, **fields)
+  return Context(
+    **{'rng': jax.random.key(7), 'train': train, 'token_ids': ids(), 'progress': jnp.float32(0.4)}
+    | fields
+  )
 
 
 def by_layer(layer, x, context):
@@ -122,13 +166,17 @@ def program(row, apply=by_layer, gradient=True, **options):
   return call
 
 
-def outputs(row, x, context):
+def outputs(row, x, context) -> jax.Array:
   return program(row, gradient=False)(make_layer(row), x, context)[0]
 
 
 def widen(layer: MoE) -> MoE:
   graph, state = nnx.split(layer)
-  return nnx.merge(graph, jax.tree.map(lambda w: w.astype(jnp.float64), state))
+
+  def wide(leaf):
+    return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+  return nnx.merge(graph, jax.tree.map(wide, state))
 
 
 def rotated(layer: MoE) -> MoE:
@@ -182,13 +230,18 @@ def test_jit_is_eager(row):
 
 
 def changes(row, train, perturb, where) -> float:
-  """Largest change of the outputs selected by `where` when `perturb` rewrites the input; over 20 draws."""
+  """Largest change of the outputs selected by `where` when `perturb` rewrites tokens and ids; over 20 draws."""
   shape = (4, 8, D)
   worst = 0.0
   for seed in range(20):
     x = tokens(100 + seed, shape)
     other = perturb(x, tokens(200 + seed, shape))
-    before, after = (where(outputs(row, value, context(train))) for value in (x, other))
+    x_ids = ids(100 + seed, shape[:2])
+    other_ids = perturb(x_ids, ids(200 + seed, shape[:2]))
+    before, after = (
+      where(outputs(row, value, context(train, token_ids=value_ids)))
+      for value, value_ids in ((x, x_ids), (other, other_ids))
+    )
     worst = max(worst, float(np.abs(np.asarray(before) - np.asarray(after)).max()))
   return worst
 
@@ -201,29 +254,41 @@ def test_later_tokens_change_earlier_outputs_only_where_the_flag_says_so(row, tr
   assert (change < 1e-6) if safe else (change > 1e-3)
 
 
-@pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
-def test_other_sequences_change_outputs_only_where_the_flag_says_so(row, train):
+def test_other_sequences_change_outputs_only_where_the_flag_says_so(row):
+  """The flag promises both for training and for evaluation; some routers break it in training only."""
   flags = make_layer(row).router.flags
   others = jnp.array([0, 1, 3])
-  change = changes(row, train, lambda x, new: x.at[others].set(new[others]), lambda y: y[2])
-  assert (change < 1e-6) if flags.batch_free else (change > 1e-3)
+
+  def change(train):
+    return changes(row, train, lambda x, new: x.at[others].set(new[others]), lambda y: y[2])
+
+  worst = max(change(train=True), change(train=False))
+  assert (worst < 1e-6) if flags.batch_free else (worst > 1e-3)
 
 
 def test_evaluation_needs_no_key_and_ignores_it(row):
-  x = tokens(shape=(4, 8, D))
-  assert make_layer(row).router.flags.deterministic_eval
-  keyed = outputs(row, x, context(train=False))
-  np.testing.assert_array_equal(outputs(row, x, Context()), keyed)
+  """Where the flag says otherwise, a key is not needed either, but two keys give two outputs."""
+  shape = (4, 8, D)
+  x, x_ids = tokens(shape=shape), ids(shape=shape[:2])
+  keyless = outputs(row, x, Context(token_ids=x_ids))
+  keyed = outputs(row, x, context(train=False, token_ids=x_ids))
+  if make_layer(row).router.flags.deterministic_eval:
+    np.testing.assert_array_equal(keyless, keyed)
+  else:
+    assert float(jnp.abs(keyless - keyed).max()) > 1e-3
+    np.testing.assert_array_equal(keyless, outputs(row, x, Context(token_ids=x_ids)))
 
 
 def test_the_task_moves_the_router_and_every_used_expert(row):
   layer = make_layer(row)
   _, _, stats, gradients = program(row)(layer, tokens(), context())
-  for name, gradient in gradients[0]['router']['scorer'].items():
+  parameters = gradients[0].get('router', {}).get('scorer', {})
+  assert parameters or not layer.router.flags.trains_router
+  for name, gradient in jax.tree_util.tree_leaves_with_path(parameters):
     moved = float(jnp.abs(gradient).max()) > 1e-4
     assert moved == layer.router.flags.trains_router, name
   moved_e = jnp.abs(gradients[0]['experts']['w_up']).max((1, 2)) > 0
-  np.testing.assert_array_equal(moved_e, stats.kept_e > 0)
+  np.testing.assert_array_equal(moved_e, stats.kept_e[:E] > 0)
 
 
 def test_padding_is_invisible_whatever_it_holds(row):
@@ -251,7 +316,9 @@ def test_equal_experts_are_one_dense_layer_up_to_the_weights(row):
   y, _, _, _ = program(row)(layer, x, context())
   plan = layer.router(x, context())
   expert = layer.experts.expert(0)
-  if isinstance(plan, SoftPlan):
+  if isinstance(plan, SoftPlan) and plan.across:
+    want = oracle.moe(x, plan, [expert] * E)
+  elif isinstance(plan, SoftPlan):
     slots = expert(jnp.einsum('BSEP,BSD->BEPD', plan.dispatch, x))
     want = jnp.einsum('BSEP,BEPD->BSD', plan.combine, slots)
   else:
@@ -265,6 +332,11 @@ def test_a_plan_keeps_its_own_contract(row):
   layer, x = make_layer(row), tokens()
   plan = layer.router(x, context())
   if isinstance(plan, SoftPlan):
+    assert layer.router.rows_per_token(S) == plan.dispatch[0, 0].size / (plan.across or S)
+    if plan.across:
+      groups = plan.dispatch.reshape(-1, plan.across, *plan.dispatch.shape[1:])
+      np.testing.assert_allclose(groups.sum(1), 1, rtol=1e-5)
+      return
     np.testing.assert_allclose(plan.dispatch.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(plan.combine.sum((2, 3)), 1, rtol=1e-5)
     return
@@ -272,13 +344,16 @@ def test_a_plan_keeps_its_own_contract(row):
   assert plan.token.dtype == plan.expert.dtype == plan.chosen.dtype == jnp.int32
   token, expert, chosen = (np.asarray(a) for a in (plan.token, plan.expert, plan.chosen))
   assert ((token >= 0) & (token < B * S)).all()
-  assert ((expert >= 0) & (expert <= E)).all()
-  assert (np.asarray(plan.weight)[expert == E] == 0).all()
-  assert ((expert == chosen) | (expert == E)).all()
+  dropped = plan.num_experts  # E, and experts without parameters where a router has them
+  assert ((expert >= 0) & (expert <= dropped)).all()
+  assert (np.asarray(plan.weight)[expert == dropped] == 0).all()
+  assert ((expert == chosen) | (expert == dropped)).all()
   rows, chunk = token.size // plan.groups, B * S // plan.groups
   np.testing.assert_array_equal(token // chunk, np.arange(token.size) // rows)
   assert not layer.router.flags.stays_in_sequence or plan.groups % B == 0
-  kept = (token * E + expert)[expert < E]
+  # what is declared for counts of FLOPs: not more than there is room for
+  assert 0 < layer.router.rows_per_token(S) <= max(token.size / (B * S), 1.5)
+  kept = (token * dropped + expert)[expert < dropped]
   assert len(set(kept.tolist())) == len(kept)  # no token twice at one expert
 
 

@@ -18,13 +18,23 @@ Rule = tuple[str, tuple[str | None, ...]]
 
 RULES: tuple[Rule, ...] = (
   # experts over `expert`, their model width over `fsdp`
-  (r'moe/experts/(w_gate|w_up)', ('expert', 'fsdp', None)),
-  (r'moe/experts/w_down', ('expert', None, 'fsdp')),
-  (r'moe/shared/(w_gate|w_up)', (None, 'fsdp', None)),
-  (r'moe/shared/w_down', (None, None, 'fsdp')),
+  (r'moe/([a-z]+/)?experts/(w_gate|w_up)', ('expert', 'fsdp', None)),
+  (r'moe/([a-z]+/)?experts/w_down', ('expert', None, 'fsdp')),
+  (r'moe/([a-z]+/)?shared/(w_gate|w_up)', (None, 'fsdp', None)),
+  (r'moe/([a-z]+/)?shared/w_down', (None, None, 'fsdp')),
+  # experts of one neuron (PEER): what makes its row of a token's width
+  (r'moe/(w_up|w_down)', (None, 'fsdp')),
+  # what stands around a bank: small, except for projections of the width of the model
+  (r'moe/([a-z]+/)?(zero/(mix|value)|shared_mix/(weight|bias)|keys)', ()),
+  (r'moe/(query|split|merge)/weight', ('fsdp', None)),
+  (r'moe/(split|merge|query)/bias', ()),
   # routers are small, and float32 on every device
-  (r'moe/router/scorer/(kernel|phi|scale)', ()),
-  (r'moe/router/bias', ()),
+  (
+    r'moe/([a-z]+/)?router/scorer/(\w+/)?(kernel|noise_kernel|offset|centroids|temperature|phi|scale)',
+    (),
+  ),
+  (r'moe/([a-z]+/)?router/scorer/(seed|table)', ()),  # fixed hashes and masks
+  (r'moe/([a-z]+/)?router/bias', ()),
   # the rest of a block: width of the model over `fsdp`
   (r'(attention/(query|key|value)|ffn/(gate|up))/weight', ('fsdp', None)),
   (r'(attention/out|ffn/down)/weight', (None, 'fsdp')),

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax.arrays import Assignment, Aux, Context, SoftPlan
+from moejax.arrays import Assignment, Aux, Context, SoftPlan, wide_dtype
 from moejax.moe.dispatch import Dispatch, fused
 from moejax.moe.exchange import Exchange, single
 from moejax.moe.experts import Experts
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.moe.stats import routing_stats
-from moejax.routers import Router, make_router
+from moejax.moe.zero_computation import ZeroExperts, rows_of_bank
+from moejax.routers import Router, count_option, make_router
+from moejax.routers.expert_choice import from_groups, to_groups
 from moejax.routers.router import as_batch
-from moejax.transformer.linear import RMSNorm
+from moejax.transformer.linear import Linear, RMSNorm
 
 
 class MoE(nnx.Module):
@@ -28,13 +31,22 @@ class MoE(nnx.Module):
     d_model: D.
     d_ff: F, hidden width of an expert at granularity 1.
     num_experts: E at granularity 1.
-    router: a short name, a mapping `{'name': ..., **options}`, or a `Router` of `granularity * num_experts`.
+    router: a short name, a mapping `{'name': ..., **options}`, or a `Router` of `granularity * num_experts` and the
+      zero-computation experts.
     granularity: makes so many times more experts, so many times narrower, and multiplies the active experts of a
       router given by name (`k`, or `capacity_factor` of expert choice) likewise: expert parameters and work stay
       the same (Krajewski et al. 2024, "Scaling laws for fine-grained MoE"). Above 1, `k` and `capacity_factor`
       that are not given count as 1, so that k becomes the granularity. Slots of `soft` stay as they are.
     num_shared: so many experts of the same width work on every token with weight one (DeepSeekMoE, Dai et al.
-      2024, section 3.2); they are fused into one.
+      2024, section 3.2); they are fused into one. With one, the residual mixture of DeepSpeed-MoE (Rajbhandari et
+      al. 2022, section 4.1.2).
+    shared_mix: `c0 routed + c1 shared` with `[c0, c1] = softmax(x W + b)` learnt, as in DeepSpeed's code, instead of
+      the sum.
+    zero_experts: kind -> how many experts without computation the router chooses among too, after the others:
+      'copy', 'constant' and 'zero' of moejax/moe/zero_computation.py (MoE++, Jin et al. 2024: 1, 2 and 1, k = 2 and
+      weights 'softmax_topk').
+    zero_cost: relative cost of an expert without computation in the loss 'cost_balance' (tau in MoE++, 0.75): below 1
+      they take more tokens.
     activation, gated: see `Experts`.
     losses: name -> coefficient, names of `moejax.moe.losses.LOSSES`.
     dispatch: `fused`, `sorted_rows` or `einsum` of moejax/moe/dispatch.py.
@@ -57,6 +69,9 @@ class MoE(nnx.Module):
     *,
     granularity: int = 1,
     num_shared: int = 0,
+    shared_mix: bool = False,
+    zero_experts: Mapping[str, int] | None = None,
+    zero_cost: float = 1.0,
     activation: str = 'silu',
     gated: bool = True,
     losses: Mapping[str, float] | None = None,
@@ -78,21 +93,32 @@ class MoE(nnx.Module):
         raise ValueError(f'{key}={value}: accepted are integers from 1')
     if num_shared < 0:
       raise ValueError(f'num_shared={num_shared}: accepted are integers from 0')
+    if shared_mix and not num_shared:
+      raise ValueError('shared_mix=True with num_shared=0: accepted are integers from 1')
     if d_ff % granularity:
       raise ValueError(f'granularity={granularity} does not divide d_ff={d_ff}')
     num_experts, d_ff = num_experts * granularity, d_ff // granularity
+    self.zero = ZeroExperts(d_model, zero_experts, dtype=dtype, rngs=rngs) if zero_experts else None
+    num_zero = 0 if self.zero is None else self.zero.num_experts
     if not isinstance(router, Router):
       router = _make_router(
-        router, granularity, d_model=d_model, num_experts=num_experts, rngs=rngs
+        router, granularity, d_model=d_model, num_experts=num_experts + num_zero, rngs=rngs
       )
-    if router.num_experts != num_experts:
-      raise ValueError(f'router of {router.num_experts} experts in a layer of {num_experts}')
+    if router.num_experts != num_experts + num_zero:
+      raise ValueError(
+        f'router of {router.num_experts} experts in a layer of {num_experts + num_zero}'
+      )
     losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
     check_losses(losses)
     bank = {'activation': activation, 'gated': gated, 'dtype': dtype, 'out_scale': out_scale}
     self.router = router
     self.experts = Experts(d_model, d_ff, num_experts, **bank, rngs=rngs)
     self.shared = Experts(d_model, num_shared * d_ff, 1, **bank, rngs=rngs) if num_shared else None
+    wide = wide_dtype(dtype)
+    self.shared_mix = (
+      Linear(d_model, 2, use_bias=True, dtype=wide, rngs=rngs) if shared_mix else None
+    )
+    self.zero_cost = zero_cost
     self.output_norm = RMSNorm(d_model, dtype=dtype) if output_norm else None
     self.losses = tuple(sorted(losses.items()))
     self.dispatch = dispatch
@@ -118,37 +144,61 @@ class MoE(nnx.Module):
     scores, plan = self.router.route(x_bsd, context)
     y_bsd = self._mix(x_bsd, plan) if isinstance(plan, SoftPlan) else self._send(x_bsd, plan)
     if self.shared is not None:
-      y_bsd = y_bsd + self.shared.slots(x_bsd[:, None])[:, 0]
+      y_bsd = self._add_shared(x_bsd, y_bsd)
     if self.output_norm is not None:
       y_bsd = self.output_norm(y_bsd)
     if context.mask is not None:
       y_bsd = jnp.where(context.mask[..., None], y_bsd, 0)
-    stats = routing_stats(scores, plan, context)
+    stats = routing_stats(scores, plan, context, self._costs(scores.probs.shape[-1]))
     aux = Aux(weighted_losses(stats, dict(self.losses)), routing_metrics(stats), stats)
     return y_bsd.astype(x.dtype).reshape(x.shape), aux
 
   def _send(self, x_bsd: Array, assignment: Assignment) -> Array:
     x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
-    y_td = self.exchange(x_td, assignment, self.experts, self.dispatch)
+    num_experts = self.experts.num_experts
+    rows = rows_of_bank(assignment, num_experts)
+    y_td = self.exchange(x_td, rows, self.experts, self.dispatch)
+    if self.zero is not None:
+      y_td = y_td + self.zero(x_td, assignment, num_experts)
     return y_td.reshape(x_bsd.shape)
+
+  def _add_shared(self, x_bsd: Array, y_bsd: Array) -> Array:
+    shared_bsd = self.shared.slots(x_bsd[:, None])[:, 0]
+    if self.shared_mix is None:
+      return y_bsd + shared_bsd
+    share_bso = jax.nn.softmax(self.shared_mix(x_bsd, wide=True), -1).astype(y_bsd.dtype)
+    return share_bso[..., :1] * y_bsd + share_bso[..., 1:] * shared_bsd
+
+  def _costs(self, num_all: int) -> tuple[float, ...] | None:
+    if self.zero is None:
+      return None
+    num_experts = self.experts.num_experts
+    return (1.0,) * num_experts + (self.zero_cost,) * (num_all - num_experts)
 
   def _mix(self, x_bsd: Array, plan: SoftPlan) -> Array:
     """Slots instead of rows: einsums that the compiler shards, whatever the exchange."""
-    dispatch, combine = (p.astype(self.experts.dtype) for p in (plan.dispatch, plan.combine))
-    x_bsd = x_bsd.astype(self.experts.dtype)
-    slots_bepd = jnp.einsum('BSEP,BSD->BEPD', dispatch, x_bsd)
-    return jnp.einsum('BSEP,BEPD->BSD', combine, self.experts.slots(slots_bepd))
+    if self.zero is not None:
+      raise ValueError('zero_experts with a soft router: accepted are routers that choose experts')
+    parts = [part.astype(self.experts.dtype) for part in (plan.dispatch, plan.combine, x_bsd)]
+    if plan.across:  # B and S are then those of groups
+      parts = [to_groups(part, 'position', plan.across) for part in parts]
+    dispatch, combine, mixed_bsd = parts
+    slots_bepd = jnp.einsum('BSEP,BSD->BEPD', dispatch, mixed_bsd)
+    y_bsd = jnp.einsum('BSEP,BEPD->BSD', combine, self.experts.slots(slots_bepd))
+    shape = (x_bsd.shape[0], x_bsd.shape[1])
+    return from_groups(y_bsd, 'position', shape) if plan.across else y_bsd
 
 
 def _make_router(router: str | Mapping[str, Any], granularity: int, **sizes) -> Router:
   options: dict[str, Any] = {'name': router} if isinstance(router, str) else dict(router)
   name = options.pop('name')
-  if granularity > 1 and name == 'top_k':
-    options['k'] = options.get('k', 1) * granularity
-  elif granularity > 1 and name == 'expert_choice':
-    options['capacity_factor'] = options.get('capacity_factor', 1.0) * granularity
-  elif granularity > 1 and name in ('switch', 'gshard'):
+  counts = count_option(name)
+  if granularity > 1 and counts is not None:
+    options[counts] = options.get(counts, 1) * granularity
+  made = make_router(name, **sizes, **options)
+  takes_all = made.slots or made.choices == made.num_experts
+  if granularity > 1 and counts is None and not takes_all:
     raise ValueError(
       f'granularity={granularity} with router {name!r}: its k is fixed; accepted is top_k'
     )
-  return make_router(name, **sizes, **options)
+  return made

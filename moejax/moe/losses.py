@@ -24,10 +24,7 @@ def balance(stats: RoutingStats) -> Float[Array, '']:
   Switch, Fedus et al. 2021, equation 4, with f_e divided by k as in Megatron and DeepSeek-V3, so that one
   coefficient serves every k.
   """
-  fraction_e = jax.lax.stop_gradient(_share(stats.chosen_e))
-  return jnp.sum(fraction_e * _mean(stats.prob_e, stats)) * jnp.asarray(
-    stats.prob_e.shape[-1], stats.prob_e.dtype
-  )
+  return _agreement(_share(stats.chosen_e), _mean(stats.prob_e, stats))
 
 
 def sequence_balance(stats: RoutingStats) -> Float[Array, '']:
@@ -72,13 +69,93 @@ def mutual_information(stats: RoutingStats) -> Float[Array, '']:
   return entropy(stats) - entr(_mean(stats.prob_e, stats)).sum()
 
 
+def cost_balance(stats: RoutingStats) -> Float[Array, '']:
+  """`E sum_e c_e f_e P_e` with the relative costs c_e of the experts (all 1: `balance`).
+
+  The heterogeneous loss of MoE++ (Jin et al. 2024): c = 1 for feed-forward experts and tau for those without
+  computation; the paper's `sum eta_e f_e P_e`, whose f_e is not divided by k, is k / E times this. The parameter
+  penalty of HMoE (Wang et al. 2024), c = width over mean width, is k times this.
+  """
+  prob_e = _mean(stats.prob_e, stats)
+  if stats.cost_e is not None:
+    prob_e = prob_e * _mean(stats.cost_e, stats)
+  return _agreement(_share(stats.chosen_e), prob_e)
+
+
+def cluster_balance(stats: RoutingStats) -> Float[Array, '']:
+  """`balance` between clusters of experts, wherever in a cluster a token goes.
+
+  Device-level loss of DeepSeekMoE (Dai et al. 2024, section 3.3); between nodes in SMILE (He et al. 2022).
+  """
+  share_g, prob_g = (_clusters(v, stats).sum(1) for v in (_share(stats.chosen_e), stats.prob_e))
+  return _agreement(share_g, _mean(prob_g, stats))
+
+
+def member_balance(stats: RoutingStats) -> Float[Array, '']:
+  """`balance` between the places in a cluster, whichever cluster a token goes to: within nodes in SMILE."""
+  share_e, prob_e = (_clusters(v, stats).sum(0) for v in (_share(stats.chosen_e), stats.prob_e))
+  return _agreement(share_e, _mean(prob_e, stats))
+
+
+def cluster_variance(stats: RoutingStats) -> Float[Array, '']:
+  """`E` times the mean over clusters of the sample variance of P_e within (MoEC, Xie et al. 2022, coefficient type
+  1; with one cluster type 0).
+
+  The released code sums probabilities over tokens where this takes the mean, so that the coefficient does not
+  depend on the batch.
+  """
+  prob_ge = _clusters(_mean(stats.prob_e, stats), stats)
+  variance_g = prob_ge.var(1, ddof=1 if prob_ge.shape[1] > 1 else 0)
+  return variance_g.mean() * jnp.asarray(prob_ge.size, prob_ge.dtype)
+
+
+def cluster_contrast(stats: RoutingStats) -> Float[Array, '']:
+  """`cluster_variance / exp(d)`: small within clusters, and d large between (MoEC, coefficient type 2).
+
+  d is the mean of the |cluster| largest P_e less that of the next ones.
+  """
+  variance = cluster_variance(stats)
+  if stats.clusters == 1:
+    return variance
+  ordered_e = -jnp.sort(-_mean(stats.prob_e, stats))
+  mean_g = _clusters(ordered_e, stats).mean(1)
+  return variance * jnp.exp(mean_g[1] - mean_g[0])
+
+
+def load_concentration(stats: RoutingStats) -> Float[Array, '']:
+  """Entropy of the mean probabilities, in nats: as a loss it empties experts, for pruning.
+
+  ModuleFormer, Shen et al. 2023.
+  """
+  return entr(_mean(stats.prob_e, stats)).sum()
+
+
+def sparsity(stats: RoutingStats) -> Float[Array, '']:
+  """Mean L1 norm of a token's probabilities scaled to unit L2 norm: 1 when certain (SpeechMoE, You et al. 2021)."""
+  return _mean(stats.sparsity, stats)
+
+
+def importance_square(stats: RoutingStats) -> Float[Array, '']:
+  """`E sum_e P_e^2`: 1 when the mean probabilities are equal (mean importance of SpeechMoE, You et al. 2021)."""
+  prob_e = _mean(stats.prob_e, stats)
+  return jnp.sum(prob_e * prob_e) * jnp.asarray(prob_e.shape[-1], prob_e.dtype)
+
+
 LOSSES: dict[str, Callable[[RoutingStats], Array]] = {
   'balance': balance,
+  'cluster_balance': cluster_balance,
+  'cluster_contrast': cluster_contrast,
+  'cluster_variance': cluster_variance,
+  'cost_balance': cost_balance,
   'entropy': entropy,
   'importance': importance,
+  'importance_square': importance_square,
   'load': load,
+  'load_concentration': load_concentration,
+  'member_balance': member_balance,
   'mutual_information': mutual_information,
   'sequence_balance': sequence_balance,
+  'sparsity': sparsity,
   'z': z,
 }
 """Short name -> loss."""
@@ -110,6 +187,17 @@ def _mean(total: Array, stats: RoutingStats) -> Array:
 
 def _share(count_e: Array) -> Array:
   return count_e / jnp.maximum(count_e.sum(-1, keepdims=True), 1e-20)
+
+
+def _agreement(share_e: Array, prob_e: Array) -> Array:
+  """`E sum_e f_e P_e`, the gradient through P alone."""
+  total = jnp.sum(jax.lax.stop_gradient(share_e) * prob_e)
+  return total * jnp.asarray(prob_e.shape[-1], prob_e.dtype)
+
+
+def _clusters(value_e: Array, stats: RoutingStats) -> Array:
+  """`[E] -> [G, E / G]`: clusters by their places."""
+  return value_e.reshape(stats.clusters, -1)
 
 
 def _squared_cv(total_e: Array) -> Array:

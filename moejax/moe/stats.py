@@ -10,9 +10,14 @@ from jaxtyping import Array
 from moejax.arrays import Assignment, Context, RoutingStats, Scores, SoftPlan
 
 
-def routing_stats(scores: Scores, plan: Assignment | SoftPlan, context: Context) -> RoutingStats:
-  """Sums over the real tokens of one call. Gradients flow through `prob_e`, `load_e`, `z`, `entropy` and the
-  probabilities of `sequence_balance`; counts have none."""
+def routing_stats(
+  scores: Scores,
+  plan: Assignment | SoftPlan,
+  context: Context,
+  costs: tuple[float, ...] | None = None,
+) -> RoutingStats:
+  """Sums over the real tokens of one call. Gradients flow through `prob_e`, `load_e`, `z`, `entropy`, `sparsity` and
+  the probabilities of `sequence_balance`; counts have none. `costs` are relative, one an expert."""
   mask_bs = jnp.ones(scores.probs.shape[:2], bool) if context.mask is None else context.mask
   probs_bse = jnp.where(mask_bs[..., None], scores.probs, 0)
   if isinstance(plan, Assignment):
@@ -21,10 +26,12 @@ def routing_stats(scores: Scores, plan: Assignment | SoftPlan, context: Context)
     chosen_be = jax.lax.stop_gradient(plan.combine.sum((1, 3)))
     kept_e = weight_e = chosen_be.sum(0)
     unrouted = jnp.zeros((), probs_bse.dtype)
+  chosen_be = _average_nulls(chosen_be, scores.nulls)
   load_bse = scores.load
+  tokens = mask_bs.sum(dtype=probs_bse.dtype)
   partition_bs = jax.nn.logsumexp(scores.logits, -1)
   return RoutingStats(
-    tokens=mask_bs.sum(dtype=probs_bse.dtype),
+    tokens=tokens,
     chosen_e=chosen_be.sum(0),
     kept_e=kept_e,
     prob_e=probs_bse.sum((0, 1)),
@@ -36,7 +43,24 @@ def routing_stats(scores: Scores, plan: Assignment | SoftPlan, context: Context)
     entropy=entr(probs_bse).sum(),
     sequence_balance=_sequence_balance(chosen_be, probs_bse.sum(1), mask_bs),
     unrouted=unrouted,
+    sparsity=_sparsity(probs_bse, mask_bs),
+    cost_e=None if costs is None else tokens * jnp.asarray(costs, probs_bse.dtype),
+    clusters=scores.clusters,
   )
+
+
+def _average_nulls(chosen_be: Array, nulls: int) -> Array:
+  """Every null expert counts the mean of all: a balance loss sees how much they take, not which of them."""
+  if nulls < 2:
+    return chosen_be
+  null_be = chosen_be[:, -nulls:]
+  mean_be = jnp.broadcast_to(null_be.mean(1, keepdims=True), null_be.shape)
+  return jnp.concatenate([chosen_be[:, :-nulls], mean_be], 1)
+
+
+def _sparsity(probs_bse: Array, mask_bs: Array) -> Array:
+  square_bs = jnp.where(mask_bs, (probs_bse * probs_bse).sum(-1), 1)
+  return (probs_bse.sum(-1) * jax.lax.rsqrt(square_bs)).sum()
 
 
 def _count_rows(plan: Assignment, mask_bs: Array, dtype) -> tuple[Array, Array, Array, Array]:

@@ -6,22 +6,76 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from moejax.routers.ada_moe import ada_moe
+from moejax.routers.base import base
+from moejax.routers.cosine import cosine
 from moejax.routers.dense import dense
+from moejax.routers.dense_to_sparse import dense_to_sparse
+from moejax.routers.ds_moe import ds_moe
+from moejax.routers.ewa import ewa
 from moejax.routers.expert_choice import expert_choice
+from moejax.routers.group_limited import group_limited
+from moejax.routers.hash import hash_layer
+from moejax.routers.locmoe import locmoe
+from moejax.routers.mask_moe import mask_moe
+from moejax.routers.mixture_of_tokens import mixture_of_tokens
+from moejax.routers.modified_softmax import modified_softmax
+from moejax.routers.moec import moec
+from moejax.routers.noisy_top_k import noisy_top_k
 from moejax.routers.router import Flags as Flags
 from moejax.routers.router import Router as Router
 from moejax.routers.router import RouterBias as RouterBias
+from moejax.routers.sinkhorn import sinkhorn, sinkhorn_expert_choice
+from moejax.routers.smile import smile
+from moejax.routers.smoe_dropout import smoe_dropout
 from moejax.routers.soft import soft
-from moejax.routers.top_k import gshard, switch, top_k
+from moejax.routers.thor import thor
+from moejax.routers.top_k import gshard, switch, token_choice, top_k, vmoe
+from moejax.routers.top_p import top_p
 
 ROUTERS: dict[str, Callable[..., Router]] = {
+  'ada_moe': ada_moe,
+  'base': base,
+  'cosine': cosine,
   'dense': dense,
+  'dense_to_sparse': dense_to_sparse,
+  'ds_moe': ds_moe,
+  'ewa': ewa,
   'expert_choice': expert_choice,
+  'group_limited': group_limited,
   'gshard': gshard,
+  'hash': hash_layer,
+  'locmoe': locmoe,
+  'mask_moe': mask_moe,
+  'mixture_of_tokens': mixture_of_tokens,
+  'modified_softmax': modified_softmax,
+  'moec': moec,
+  'noisy_top_k': noisy_top_k,
+  'sinkhorn': sinkhorn,
+  'sinkhorn_expert_choice': sinkhorn_expert_choice,
+  'smile': smile,
+  'smoe_dropout': smoe_dropout,
   'soft': soft,
   'switch': switch,
+  'thor': thor,
   'top_k': top_k,
+  'top_p': top_p,
+  'vmoe': vmoe,
 }
+
+PASSED_ON: dict[Callable[..., Router], tuple[Callable[..., Router], tuple[str, ...]]] = {
+  cosine: (token_choice, ()),
+  group_limited: (token_choice, ()),
+  gshard: (top_k, ('k',)),
+  mask_moe: (token_choice, ('balance_bias',)),
+  modified_softmax: (token_choice, ()),
+  noisy_top_k: (token_choice, ()),
+  sinkhorn: (token_choice, ('balance_bias',)),
+  switch: (top_k, ('k',)),
+  top_k: (token_choice, ()),
+  vmoe: (top_k, ()),
+}
+"""Where a function passes its `**options` on to, and which of those it fixes."""
 
 
 def router_names() -> tuple[str, ...]:
@@ -52,15 +106,24 @@ def router_options(name: str) -> tuple[str, ...]:
     raise ValueError(
       f'router name={name!r}: accepted are {", ".join(router_names())}{_nearest(name, ROUTERS)}'
     )
-  own: dict[str, None] = {}
-  takes_top_k_options = False
-  for parameter in inspect.signature(ROUTERS[name]).parameters.values():
-    takes_top_k_options |= parameter.kind is parameter.VAR_KEYWORD
-    if parameter.kind is not parameter.VAR_KEYWORD:
-      own[parameter.name] = None
-  if takes_top_k_options:  # switch and gshard fix k of top_k and pass the rest on
-    own |= {p: None for p in inspect.signature(top_k).parameters if p != 'k'}
-  return tuple(p for p in own if p not in ('d_model', 'num_experts', 'rngs'))
+  hidden = {'d_model', 'num_experts', 'rngs', 'scorer', 'affinity'}
+  accepted: dict[str, None] = {}
+  function: Callable[..., Router] | None = ROUTERS[name]
+  while function is not None:
+    parameters = inspect.signature(function).parameters.values()
+    own = {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in hidden}
+    accepted |= own
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    function, fixed = PASSED_ON[function] if passes_on else (None, ())
+    hidden |= set(fixed)
+  return tuple(accepted)
+
+
+def count_option(name: str) -> str | None:
+  """The option that says how many experts work on a token, None where that is fixed."""
+  if name in ('expert_choice', 'sinkhorn_expert_choice'):
+    return 'capacity_factor'
+  return 'k' if 'k' in router_options(name) else None
 
 
 def check_router_options(name: str, options: dict) -> None:

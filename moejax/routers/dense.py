@@ -9,27 +9,15 @@ from flax import nnx
 from moejax.arrays import Assignment, Context, Scores
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.router import Flags, Router
+from moejax.routers.rows import token_rows
 from moejax.routers.scorers import LinearScorer
 
 
 def assign_all(scores: Scores, context: Context) -> Assignment:
   """Token-major rows, E a token: row `t * E + e` is expert e on token t."""
-  num_sequences, num_positions, num_experts = scores.gate.shape
-  num_tokens = num_sequences * num_positions
-  expert_te = jnp.tile(jnp.arange(num_experts, dtype=jnp.int32)[None], (num_tokens, 1))
-  weight_te = scores.gate.reshape(num_tokens, num_experts)
-  if context.mask is not None:
-    mask_te = jnp.broadcast_to(context.mask.reshape(-1, 1), expert_te.shape)
-    expert_te = jnp.where(mask_te, expert_te, num_experts)
-    weight_te = jnp.where(mask_te, weight_te, 0)
-  return Assignment(
-    token=jnp.repeat(jnp.arange(num_tokens, dtype=jnp.int32), num_experts),
-    expert=expert_te.reshape(-1),
-    weight=weight_te.reshape(-1),
-    chosen=expert_te.reshape(-1),
-    num_experts=num_experts,
-    groups=num_tokens,
-  )
+  shape = scores.gate.shape
+  expert_bse = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32)[None, None], shape)
+  return token_rows(expert_bse, scores.gate, jnp.ones(shape, bool), shape[-1], context)
 
 
 def dense(
@@ -49,4 +37,5 @@ def dense(
     assign_all,
     num_experts=num_experts,
     flags=Flags(prefix_safe_train=True, prefix_safe_eval=True, batch_free=True),
+    choices=num_experts,
   )

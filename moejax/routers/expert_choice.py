@@ -1,7 +1,7 @@
 """Expert choice: every expert takes its C best tokens, so that load is balanced by construction.
 
-Zhou et al. 2022, "Mixture-of-experts with expert choice routing"; the softmax over tokens and the groups at the same
-position are those of the code of Krajewski et al. 2024, "Scaling laws for fine-grained MoE".
+Zhou et al. 2022, "Mixture-of-experts with expert choice routing". Groups at the same position, of a fixed number of
+sequences, are those of Krajewski et al. 2024, "Scaling laws for fine-grained MoE"; softmax over tokens is of its code.
 """
 
 from __future__ import annotations
@@ -21,18 +21,39 @@ from moejax.routers.scorers import LinearScorer
 GROUPS = ('sequence', 'batch', 'position')
 
 
-def to_groups(x: Array, group: str) -> Array:
-  """`[B, S, ...] -> [G, T, ...]`: the tokens that compete for the same experts."""
+def to_groups(x: Array, group: str, group_size: int | None = None) -> Array:
+  """`[B, S, ...] -> [G, T, ...]`: the tokens that compete for the same experts.
+
+  Groups at a position are those of the first T sequences, position by position, then those of the next T.
+
+  Args:
+    x: of the batch.
+    group: one of GROUPS.
+    group_size: T of groups at a position; None, or more than B: all B sequences.
+
+  Raises:
+    ValueError: group_size does not divide B.
+  """
   if group == 'sequence':
     return x
   if group == 'batch':
     return x.reshape(1, -1, *x.shape[2:])
-  return jnp.swapaxes(x, 0, 1)
+  num_sequences, num_positions, *rest = x.shape
+  size = min(group_size or num_sequences, num_sequences)
+  if num_sequences % size:
+    raise ValueError(
+      f'group_size={group_size} does not divide the {num_sequences} sequences of the batch (or microbatch)'
+    )
+  parts = x.reshape(-1, size, num_positions, *rest)  # [B, S, ...] -> [B / T, T, S, ...]
+  return jnp.swapaxes(parts, 1, 2).reshape(-1, size, *rest)  # -> [B / T * S, T, ...]
 
 
 def from_groups(x: Array, group: str, shape: tuple[int, ...]) -> Array:
   """Inverse of `to_groups`; `shape` is (B, S)."""
-  return jnp.swapaxes(x, 0, 1) if group == 'position' else x.reshape(*shape, *x.shape[2:])
+  if group != 'position':
+    return x.reshape(*shape, *x.shape[2:])
+  parts = x.reshape(-1, shape[1], *x.shape[1:])  # [B / T * S, T, ...] -> [B / T, S, T, ...]
+  return jnp.swapaxes(parts, 1, 2).reshape(*shape, *x.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +62,12 @@ class ExpertAffinity:
 
   Attributes:
     softmax_over: 'experts' or 'tokens'.
-    group: 'sequence', 'batch' or 'position'.
+    group, group_size: see `to_groups`.
   """
 
   softmax_over: str
   group: str
+  group_size: int | None = None
 
   def __call__(
     self, logits_bse: Array, std: Array | None, bias: Array | None, context: Context
@@ -61,34 +83,40 @@ class ExpertAffinity:
 
   def _over_tokens(self, logits_bse: Array, context: Context) -> Array:
     shape = logits_bse.shape[:2]
-    logits_gte = to_groups(logits_bse, self.group)
-    where = None if context.mask is None else to_groups(context.mask, self.group)[..., None]
+    logits_gte = to_groups(logits_bse, self.group, self.group_size)
+    where = None
+    if context.mask is not None:
+      where = to_groups(context.mask, self.group, self.group_size)[..., None]
     gate_gte = jax.nn.softmax(logits_gte, 1, where=where)
     return from_groups(gate_gte, self.group, shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertChoiceAssign:
-  """`Scores -> Assignment`: rows by group, expert, and falling score.
+  """`Scores -> Assignment`: rows by group, expert, and falling `Scores.select`, which lies in [0, 1].
 
   Attributes:
     factor: c, the mean number of experts a token; C = max(1, floor(n * c / E)), at most n tokens.
-    group: the tokens that compete.
+    group, group_size: the tokens that compete, see `to_groups`.
     cap: at most so many experts a token (None: any number), by `capped_plan`.
   """
 
   factor: float
   group: str
   cap: int | None = None
+  group_size: int | None = None
 
   def __call__(self, scores: Scores, context: Context) -> Assignment:
     num_sequences, num_positions, num_experts = scores.gate.shape
-    gate_get = jnp.swapaxes(to_groups(scores.gate, self.group), 1, 2)
+    gate_get = jnp.swapaxes(to_groups(scores.gate, self.group, self.group_size), 1, 2)
     num_groups, _, group_size = gate_get.shape
-    select_get = jax.lax.stop_gradient(gate_get)
+    select_get = jax.lax.stop_gradient(
+      jnp.swapaxes(to_groups(scores.select, self.group, self.group_size), 1, 2)
+    )
     real_get = None
     if context.mask is not None:
-      real_get = jnp.broadcast_to(to_groups(context.mask, self.group)[:, None], select_get.shape)
+      real_gt = to_groups(context.mask, self.group, self.group_size)
+      real_get = jnp.broadcast_to(real_gt[:, None], select_get.shape)
     limit = min(group_size, max(1, int(group_size * self.factor / num_experts + 1e-9)))
     if self.cap is not None:
       select_get = capped_plan(select_get, limit, self.cap, real_get)
@@ -108,16 +136,20 @@ class ExpertChoiceAssign:
       )
       expert_gec = jnp.where(within_gec, chosen_gec, num_experts)
     weight_gec = jnp.where(expert_gec < num_experts, weight_gec, 0)
-    group_g = jnp.arange(num_groups, dtype=jnp.int32)[:, None, None]
-    step, stride = (1, num_positions) if self.group == 'position' else (group_size, 1)
-    token_gec = group_g * step + index_gec.astype(jnp.int32) * stride
+    first_g, stride = jnp.arange(num_groups, dtype=jnp.int32) * group_size, 1
+    chunks = num_sequences if self.group == 'sequence' else 1
+    if self.group == 'position':
+      chunks, stride = num_sequences // group_size, num_positions
+      part_g, position_g = jnp.divmod(jnp.arange(num_groups, dtype=jnp.int32), num_positions)
+      first_g = part_g * (group_size * num_positions) + position_g
+    token_gec = first_g[:, None, None] + index_gec.astype(jnp.int32) * stride
     return Assignment(
       token=token_gec.reshape(-1),
       expert=expert_gec.reshape(-1),
       weight=weight_gec.reshape(-1),
       chosen=chosen_gec.reshape(-1),
       num_experts=num_experts,
-      groups=num_sequences if self.group == 'sequence' else 1,
+      groups=chunks,
     )
 
 
@@ -191,6 +223,7 @@ def expert_choice(
   rngs: nnx.Rngs,
   capacity_factor: float = 2.0,
   group: str = 'sequence',
+  group_size: int | None = None,
   softmax_over: str = 'experts',
   cap: int | None = None,
   noise_std: float = 0.0,
@@ -204,8 +237,11 @@ def expert_choice(
     rngs: source of the initial router kernel.
     capacity_factor: mean number of experts a token.
     group: tokens that compete: those of a 'sequence', of the whole 'batch', or those at the same 'position'
-      of all sequences, which alone is prefix-safe.
-    softmax_over: 'experts' (Zhou et al.) or 'tokens' (Krajewski et al.).
+      of the sequences, which alone is prefix-safe.
+    group_size: of group='position', so many consecutive sequences to a group (256 in Krajewski et al., whatever the
+      batch), so that routing does not depend on the size of the batch; it divides the batch, or the batch is smaller
+      and one group. None: all of the batch, or of the microbatch.
+    softmax_over: 'experts' (both papers) or 'tokens' (an option of the code of Krajewski et al.).
     cap: at most so many experts a token, None for no cap. Rows that the plan's rounding puts beyond the cap
       are dropped, and counted: few, unless `cap` is close to `capacity_factor`.
     noise_std, init_std: see `LinearScorer`.
@@ -213,10 +249,14 @@ def expert_choice(
   C counts padding too, so that shapes are static; an expert that runs out of real tokens leaves rows empty.
 
   Raises:
-    ValueError: an option out of its range.
+    ValueError: an option out of its range; when called, a group_size that does not divide the batch.
   """
   if group not in GROUPS:
     raise ValueError(f'group={group!r}: accepted are {", ".join(map(repr, GROUPS))}')
+  if group_size is not None and (group != 'position' or group_size < 1):
+    raise ValueError(
+      f"group_size={group_size} with group={group!r}: accepted are None, or integers from 1 with group='position'"
+    )
   if softmax_over not in ('experts', 'tokens'):
     raise ValueError(f"softmax_over={softmax_over!r}: accepted are 'experts', 'tokens'")
   if not capacity_factor > 0:
@@ -226,8 +266,8 @@ def expert_choice(
   safe = group == 'position'
   return Router(
     LinearScorer(d_model, num_experts, noise_std=noise_std, init_std=init_std, rngs=rngs),
-    ExpertAffinity(softmax_over, group),
-    ExpertChoiceAssign(capacity_factor, group, cap),
+    ExpertAffinity(softmax_over, group, group_size),
+    ExpertChoiceAssign(capacity_factor, group, cap, group_size),
     num_experts=num_experts,
     flags=Flags(
       prefix_safe_train=safe,
@@ -235,4 +275,5 @@ def expert_choice(
       batch_free=group == 'sequence',
       stays_in_sequence=group == 'sequence',
     ),
+    choices=min(capacity_factor, num_experts),
   )

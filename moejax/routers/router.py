@@ -59,6 +59,9 @@ class Router(nnx.Module):
     num_experts: E.
     flags: what the combination promises.
     bias: whether to keep a `RouterBias` `[E]` that a controller moves (moejax/moe/controllers.py).
+    choices: mean number of experts that work on a token when nothing is dropped; None where that is not known, then
+      it counts as all.
+    slots: of soft methods, slots of all experts together.
   """
 
   def __init__(
@@ -70,6 +73,8 @@ class Router(nnx.Module):
     num_experts: int,
     flags: Flags,
     bias: bool = False,
+    choices: int | float | None = None,
+    slots: int = 0,
   ):
     self.scorer = scorer
     self.affinity = affinity
@@ -77,6 +82,14 @@ class Router(nnx.Module):
     self.num_experts = num_experts
     self.flags = flags
     self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if bias else None
+    self.choices = choices
+    self.slots = slots
+
+  def rows_per_token(self, sequence_length: int) -> float:
+    """Mean number of rows (or slots) that experts work on for a token, before any drop."""
+    if self.slots:
+      return self.slots / sequence_length
+    return float(self.num_experts if self.choices is None else self.choices)
 
   def scores(self, x_bsd: Float[Array, 'B S D'], context: Context) -> Scores:
     """Router logits and what follows from them, float32 or wider whatever the type of `x`."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moejax.arrays import Context
+
+
+class Frozen(nnx.Variable):
+  """Drawn once and never changed (tables, masks, random kernels): in the checkpoint, not in the optimizer."""
 
 
 class LinearScorer(nnx.Module):
@@ -21,6 +27,7 @@ class LinearScorer(nnx.Module):
     jitter: in training, the router alone sees `x * U(1 - jitter, 1 + jitter)` (Switch, Fedus et al. 2021,
       appendix C).
     init_std: standard deviation of the initial kernel; default 1 / sqrt(D).
+    init: initializer instead of a truncated normal of `init_std`.
     rngs: source of the initial kernel.
   """
 
@@ -32,13 +39,12 @@ class LinearScorer(nnx.Module):
     noise_std: float = 0.0,
     jitter: float = 0.0,
     init_std: float | None = None,
+    init: Callable[..., Array] | None = None,
     rngs: nnx.Rngs,
   ):
     std = d_model**-0.5 if init_std is None else init_std
-    kernel = nnx.initializers.truncated_normal(std)(
-      rngs.params(), (d_model, num_experts), jnp.float32
-    )
-    self.kernel = nnx.Param(kernel)
+    init = init or nnx.initializers.truncated_normal(std)
+    self.kernel = nnx.Param(init(rngs.params(), (d_model, num_experts), jnp.float32))
     self.noise_std = noise_std
     self.jitter = jitter
 
@@ -63,3 +69,28 @@ class LinearScorer(nnx.Module):
     if not (context.train and self.noise_std):
       return logits_bse, None
     return logits_bse, jnp.asarray(self.noise_std / kernel_de.shape[1], x_bsd.dtype)
+
+
+def context_key(context: Context, stream: int, what: str) -> Array:
+  """A key of the call for one purpose; every purpose has a `stream` of its own.
+
+  Raises:
+    ValueError: without `context.rng`.
+  """
+  return jax.random.fold_in(check_key(context, what), stream)
+
+
+def check_key(context: Context, what: str) -> Array:
+  """`context.rng`.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if context.rng is None:
+    raise ValueError(f'{what} needs context.rng in training: got None')
+  return context.rng
+
+
+def only(expert_bs: Int[Array, 'B S'], num_experts: int, dtype) -> Float[Array, 'B S E']:
+  """Logits of which the softmax is one expert with certainty: 0 there, -inf elsewhere."""
+  return jnp.log(jax.nn.one_hot(expert_bs, num_experts, dtype=dtype))

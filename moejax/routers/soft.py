@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,8 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Context, Scores, SoftPlan
 from moejax.routers.router import Flags, Router
+
+MIXINGS = ('learned', 'learned_dispatch', 'learned_combine', 'uniform', 'identity')
 
 
 class SlotScorer(nnx.Module):
@@ -38,6 +42,24 @@ class SlotScorer(nnx.Module):
     return jnp.einsum('BSD,DEP->BSEP', x_bsd, phi_dep), None
 
 
+@dataclasses.dataclass(frozen=True)
+class EqualSlots:
+  """The scorer of mixings without parameters: all logits zero.
+
+  Attributes:
+    num_experts: E.
+    slots: P.
+  """
+
+  num_experts: int
+  slots: int
+
+  def __call__(
+    self, x_bsd: Float[Array, 'B S D'], context: Context
+  ) -> tuple[Float[Array, 'B S E P'], None]:
+    return jnp.zeros((*x_bsd.shape[:2], self.num_experts, self.slots), x_bsd.dtype), None
+
+
 def normalise(x: Array, axis: int) -> Array:
   """Unit length along an axis; 1e-6 is added to the squared length as in the released code."""
   return x * jax.lax.rsqrt((x * x).sum(axis, keepdims=True) + jnp.asarray(1e-6, x.dtype))
@@ -51,21 +73,50 @@ def slot_affinity(
   return Scores(logits_bse, logits_bsep, logits_bsep, jax.nn.softmax(logits_bse, -1))
 
 
-def mix(scores: Scores, context: Context) -> SoftPlan:
-  """Dispatch: softmax over the tokens of a sequence. Combine: softmax over all slots.
+@dataclasses.dataclass(frozen=True)
+class Mix:
+  """`Scores -> SoftPlan`. Dispatch: softmax over the tokens of a sequence. Combine: softmax over all slots.
 
   Padding enters no slot. Its combine weights are zero.
+
+  Attributes:
+    mixing: see `soft`.
   """
-  logits_bsep = scores.select
-  mask = None if context.mask is None else context.mask[..., None, None]
-  dispatch = jax.nn.softmax(logits_bsep, 1, where=mask)
-  combine = jax.nn.softmax(logits_bsep, (-2, -1))
-  if mask is not None:
-    combine = jnp.where(mask, combine, 0)
-  return SoftPlan(dispatch, combine)
+
+  mixing: str = 'learned'
+
+  def __call__(self, scores: Scores, context: Context) -> SoftPlan:
+    logits_bsep = scores.select
+    mask = None if context.mask is None else context.mask[..., None, None]
+    if self.mixing == 'identity':
+      dispatch = combine = self._identity(logits_bsep)
+      if mask is not None:
+        dispatch = jnp.where(mask, dispatch, 0)
+    else:
+      uniform = jnp.zeros_like(logits_bsep)
+      into = logits_bsep if self.mixing in ('learned', 'learned_dispatch') else uniform
+      out = logits_bsep if self.mixing in ('learned', 'learned_combine') else uniform
+      dispatch = jax.nn.softmax(into, 1, where=mask)
+      combine = jax.nn.softmax(out, (-2, -1))
+    if mask is not None:
+      combine = jnp.where(mask, combine, 0)
+    return SoftPlan(dispatch, combine)
+
+  def _identity(self, logits_bsep: Array) -> Array:
+    """Token i fills slot i alone, counted expert by expert, and takes its output."""
+    _, num_positions, num_experts, slots = logits_bsep.shape
+    if num_experts * slots != num_positions:
+      raise ValueError(
+        f"mixing='identity' with num_experts={num_experts} of slots={slots} on {num_positions} tokens a sequence: "
+        f'accepted is num_experts * slots = {num_positions}'
+      )
+    eye = jnp.eye(num_positions, dtype=logits_bsep.dtype)
+    return jnp.broadcast_to(eye.reshape(1, *logits_bsep.shape[1:]), logits_bsep.shape)
 
 
-def soft(*, d_model: int, num_experts: int, rngs: nnx.Rngs, slots: int = 1) -> Router:
+def soft(
+  *, d_model: int, num_experts: int, rngs: nnx.Rngs, slots: int = 1, mixing: str = 'learned'
+) -> Router:
   """Soft MoE.
 
   Args:
@@ -73,16 +124,28 @@ def soft(*, d_model: int, num_experts: int, rngs: nnx.Rngs, slots: int = 1) -> R
     num_experts: E.
     rngs: source of the initial slot parameters.
     slots: P, slots of an expert; E * P close to the number of tokens costs what a dense layer costs.
+    mixing: what is learnt, as in the ablation of the paper's table 2. 'learned': dispatch and combine.
+      'learned_dispatch', 'learned_combine': the other one is uniform. 'uniform': slots are the mean of the tokens,
+      outputs the mean of the slots. 'identity': token i goes through slot i alone; needs E * P tokens a sequence. The
+      last two have no parameters.
 
   Raises:
-    ValueError: slots below 1.
+    ValueError: slots below 1 or an unknown mixing; when called with mixing='identity', another number of tokens.
   """
   if slots < 1:
     raise ValueError(f'slots={slots}: accepted are integers from 1')
+  if mixing not in MIXINGS:
+    raise ValueError(f'mixing={mixing!r}: accepted are {", ".join(map(repr, MIXINGS))}')
+  learns, safe = mixing.startswith('learned'), mixing == 'identity'
   return Router(
-    SlotScorer(d_model, num_experts, slots, rngs=rngs),
+    SlotScorer(d_model, num_experts, slots, rngs=rngs)
+    if learns
+    else EqualSlots(num_experts, slots),
     slot_affinity,
-    mix,
+    Mix(mixing),
     num_experts=num_experts,
-    flags=Flags(prefix_safe_train=False, prefix_safe_eval=False, batch_free=True),
+    flags=Flags(
+      prefix_safe_train=safe, prefix_safe_eval=safe, batch_free=True, trains_router=learns
+    ),
+    slots=num_experts * slots,
   )

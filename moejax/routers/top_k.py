@@ -1,5 +1,7 @@
 """Token choice: every token takes its k best experts.
 
+`token_choice` makes a router of any scorer and affinity; `top_k` is the one with linear logits.
+
 Shazeer et al. 2017; GShard, Lepikhin et al. 2020; Switch, Fedus et al. 2021; V-MoE, Riquelme et al. 2021;
 DeepSeekMoE, Dai et al. 2024; Mixtral, Jiang et al. 2024; loss-free balancing, Wang et al. 2024. They differ in
 options of this one function: weights, capacity and its priority, noise, bias.
@@ -8,6 +10,7 @@ options of this one function: weights, capacity and its priority, noise, bias.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,8 @@ from jaxtyping import Array
 from moejax.arrays import Assignment, Context, Scores
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.capacity import PRIORITIES, capacity, keep_within_capacity_by_group
-from moejax.routers.router import Flags, Router
-from moejax.routers.scorers import LinearScorer
+from moejax.routers.router import Affinity, Flags, Router
+from moejax.routers.scorers import LinearScorer, context_key
 from moejax.routers.weighting import WEIGHTINGS, Weights, normalised
 
 SECOND_POLICIES = ('all', 'none', 'threshold', 'random')
@@ -49,7 +52,18 @@ class Capacity:
 
 @dataclasses.dataclass(frozen=True)
 class TopKAssign:
-  """`Scores -> Assignment` in token-major rows: row `t * k + j` is the j-th choice of token t."""
+  """`Scores -> Assignment` in token-major rows: row `t * k + j` is the j-th choice of token t.
+
+  An expert whose selection score is -inf is never chosen.
+
+  Attributes:
+    k: choices of a token.
+    weights: of the chosen gates.
+    scale: factor on all weights.
+    capacity: None for dropless.
+    second_policy, second_threshold: see `token_choice`.
+    active: `context -> int32 scalar`, how many of the k choices are in use; None for all.
+  """
 
   k: int
   weights: Weights
@@ -57,14 +71,20 @@ class TopKAssign:
   capacity: Capacity | None = None
   second_policy: str = 'all'
   second_threshold: float = 0.2
+  active: Callable[[Context], Array] | None = None
 
   def __call__(self, scores: Scores, context: Context) -> Assignment:
     num_sequences, num_positions, num_experts = scores.select.shape
     num_tokens = num_sequences * num_positions
-    _, expert_bsk = jax.lax.top_k(scores.select, self.k)  # ties: the lowest index first
+    select_bsk, expert_bsk = jax.lax.top_k(scores.select, self.k)  # ties: the lowest index first
     gate_bsk = jnp.take_along_axis(scores.gate, expert_bsk, -1)
+    wanted_bsk = select_bsk > -jnp.inf
+    if self.active is not None:
+      active_k = jnp.arange(self.k, dtype=jnp.int32) < self.active(context)
+      wanted_bsk &= active_k[None, None]
+      gate_bsk = jnp.where(active_k[None, None], gate_bsk, 0)
     weight_bsk = self.weights(gate_bsk) * jnp.asarray(self.scale, gate_bsk.dtype)
-    wanted_bsk = self._wanted(weight_bsk, context)
+    wanted_bsk &= self._wanted(weight_bsk, context)
     expert_bsk = jnp.where(wanted_bsk, expert_bsk, num_experts).astype(jnp.int32)
     kept_bsk = self._kept(expert_bsk, gate_bsk, num_experts, context)
     weight_bsk = jnp.where(kept_bsk, weight_bsk, 0)
@@ -93,7 +113,7 @@ class TopKAssign:
     elif self.second_policy == 'threshold' or not context.train:
       keep_bs = second_bs > limit
     else:
-      key = _key(context, 3, "second_policy='random'")
+      key = context_key(context, 3, "second_policy='random'")
       keep_bs = jax.random.uniform(key, second_bs.shape, second_bs.dtype) < second_bs / limit
     return wanted_bsk.at[..., 1].set(wanted_bsk[..., 1] & keep_bs)
 
@@ -108,7 +128,9 @@ class TopKAssign:
     if priority == 'score':
       order_gt = gate_bsk[..., 0]
     elif priority == 'random' and context.train:
-      order_gt = jax.random.uniform(_key(context, 4, "priority='random'"), expert_bsk.shape[:2])
+      order_gt = jax.random.uniform(
+        context_key(context, 4, "priority='random'"), expert_bsk.shape[:2]
+      )
     elif priority == 'random':
       priority = 'choice_major'
     if order_gt is not None:
@@ -122,18 +144,12 @@ class TopKAssign:
     return normalised(weight_bsk) * jnp.asarray(self.scale, weight_bsk.dtype)
 
 
-def _key(context: Context, stream: int, what: str) -> Array:
-  if context.rng is None:
-    raise ValueError(f'{what} needs context.rng in training: got None')
-  return jax.random.fold_in(context.rng, stream)
-
-
-def top_k(
+def token_choice(
+  scorer: Callable,
   *,
-  d_model: int,
   num_experts: int,
-  rngs: nnx.Rngs,
-  k: int = 2,
+  k: int,
+  affinity: Callable[[str, int], Affinity] = TokenAffinity,
   weighting: str | None = None,
   route_scale: float = 1.0,
   capacity_factor: float | None = None,
@@ -143,18 +159,15 @@ def top_k(
   renorm_after_drop: bool = False,
   second_policy: str = 'all',
   second_threshold: float = 0.2,
-  noise_std: float = 0.0,
-  jitter: float = 0.0,
   balance_bias: bool = False,
-  init_std: float | None = None,
 ) -> Router:
-  """Top-k token choice.
+  """Top-k token choice by the logits of a scorer.
 
   Args:
-    d_model: D.
+    scorer: `(x, context) -> (logits, noise std or None)`.
     num_experts: E.
-    rngs: source of the initial router kernel.
     k: choices of a token.
+    affinity: `(function, k) -> Affinity`, the function 'softmax' or 'sigmoid' of the weighting.
     weighting: a name of `moejax.routers.weighting.WEIGHTINGS`; default 'softmax_topk' for k = 1, else
       'softmax_topk_norm'.
     route_scale: factor on all weights (2.5 in DeepSeek-V3).
@@ -167,7 +180,6 @@ def top_k(
       `second_threshold`) or 'random' (kept with probability weight / `second_threshold` in training, as
       'threshold' outside of it): GShard.
     second_threshold: see `second_policy`.
-    noise_std, jitter, init_std: see `LinearScorer`.
     balance_bias: keep a bias that moves the selection, not the weights, for the loss-free controller.
 
   Raises:
@@ -176,9 +188,9 @@ def top_k(
   """
   weighting = weighting or ('softmax_topk' if k == 1 else 'softmax_topk_norm')
   _check(num_experts, k, weighting, capacity_factor, eval_capacity_factor)
-  _check_name('priority', priority, PRIORITIES)
-  _check_name('capacity_group', capacity_group, ('batch', 'sequence'))
-  _check_name('second_policy', second_policy, SECOND_POLICIES)
+  check_name('priority', priority, PRIORITIES)
+  check_name('capacity_group', capacity_group, ('batch', 'sequence'))
+  check_name('second_policy', second_policy, SECOND_POLICIES)
   if second_policy != 'all' and k != 2:
     raise ValueError(f'second_policy={second_policy!r} with k={k}: accepted with k=2 only')
   function, weights = WEIGHTINGS[weighting]
@@ -198,15 +210,47 @@ def top_k(
     trains_router=weighting != 'unweighted',
   )
   return Router(
-    LinearScorer(
-      d_model, num_experts, noise_std=noise_std, jitter=jitter, init_std=init_std, rngs=rngs
-    ),
-    TokenAffinity(function, k),
+    scorer,
+    affinity(function, k),
     TopKAssign(k, weights, route_scale, limit, second_policy, second_threshold),
     num_experts=num_experts,
     flags=flags,
     bias=balance_bias,
+    choices=k,
   )
+
+
+def top_k(
+  *,
+  d_model: int,
+  num_experts: int,
+  rngs: nnx.Rngs,
+  k: int = 2,
+  noise_std: float = 0.0,
+  jitter: float = 0.0,
+  init_std: float | None = None,
+  **options,
+) -> Router:
+  """Top-k token choice by linear logits.
+
+  Args:
+    d_model: D.
+    num_experts: E.
+    rngs: source of the initial router kernel.
+    k: choices of a token.
+    noise_std, jitter, init_std: see `LinearScorer`.
+    options: of `token_choice`.
+
+  The routed experts of DeepSeekMoE are `weighting='softmax_topk'` with `init_std=0.006`; its shared experts and its
+  fine granularity belong to the layer. Its loss that balances devices is not here.
+
+  Raises:
+    ValueError: as `token_choice`.
+  """
+  scorer = LinearScorer(
+    d_model, num_experts, noise_std=noise_std, jitter=jitter, init_std=init_std, rngs=rngs
+  )
+  return token_choice(scorer, num_experts=num_experts, k=k, **options)
 
 
 def switch(
@@ -245,10 +289,35 @@ def gshard(
   )
 
 
+def vmoe(
+  *,
+  k: int = 2,
+  capacity_factor: float | None = 1.05,
+  weighting: str = 'softmax_topk',
+  priority: str = 'choice_major',
+  noise_std: float = 1.0,
+  **options,
+) -> Router:
+  """V-MoE routing: `top_k` of noisy logits with softmax weights as they are (Riquelme et al. 2021, section 2).
+
+  `priority='score'` is batch-prioritised routing (section 4.1), with which `eval_capacity_factor` may go far below 1.
+  The paper rounds capacities up to multiples of 4 and makes groups of 8 images; here C is the ceiling, and the group
+  the batch. Losses of the paper: `importance` and `load`, 0.005 each. Options as in `top_k`. Not prefix-safe.
+  """
+  return top_k(
+    k=k,
+    capacity_factor=capacity_factor,
+    weighting=weighting,
+    priority=priority,
+    noise_std=noise_std,
+    **options,
+  )
+
+
 def _check(num_experts: int, k: int, weighting: str, *factors: float | None) -> None:
   if not 1 <= k <= num_experts:
     raise ValueError(f'k={k} with num_experts={num_experts}: accepted are 1 to {num_experts}')
-  _check_name('weighting', weighting, WEIGHTINGS)
+  check_name('weighting', weighting, WEIGHTINGS)
   if k == 1 and WEIGHTINGS[weighting][1] is normalised:
     raise ValueError(
       f"weighting={weighting!r} with k=1 makes every weight 1 and the router's gradient zero: accepted are "
@@ -261,6 +330,7 @@ def _check(num_experts: int, k: int, weighting: str, *factors: float | None) -> 
       )
 
 
-def _check_name(key: str, value: str, accepted) -> None:
+def check_name(key: str, value: str, accepted) -> None:
+  """Raises ValueError for a value that is not accepted."""
   if value not in accepted:
     raise ValueError(f'{key}={value!r}: accepted are {", ".join(map(repr, accepted))}')

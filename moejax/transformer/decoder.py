@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.arrays import Context, RoutingStats
-from moejax.transformer.attention import Attention, visibility
+from moejax.transformer.attention import Attention, Visible, visibility
 from moejax.transformer.block import Block
 from moejax.transformer.ffn import FFN
 from moejax.transformer.linear import Embed, Linear, RMSNorm, residual_init
@@ -94,6 +94,7 @@ class Decoder(nnx.Module):
     segment_ids: Int[Array, 'B S'] | None = None,
     mask: Bool[Array, 'B S'] | None = None,
     rng: jax.Array | None = None,
+    progress: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, 'B S V'], RoutingStats | None]:
     """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]` (None without).
@@ -104,9 +105,16 @@ class Decoder(nnx.Module):
       segment_ids: tokens attend only within their segment.
       mask: True for real tokens. Padding is not attended to, not routed and not counted.
       rng: key for routers' noise; every layer gets its own.
+      progress: see `Context`.
     """
     x, stats = self.features(
-      tokens, positions=positions, segment_ids=segment_ids, mask=mask, rng=rng, train=train
+      tokens,
+      positions=positions,
+      segment_ids=segment_ids,
+      mask=mask,
+      rng=rng,
+      progress=progress,
+      train=train,
     )
     return self.logits(x), stats
 
@@ -118,9 +126,35 @@ class Decoder(nnx.Module):
     segment_ids: Int[Array, 'B S'] | None = None,
     mask: Bool[Array, 'B S'] | None = None,
     rng: jax.Array | None = None,
+    progress: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
     """What the output layer reads, and stats; arguments as of a call."""
+    x, stats = self.stack(
+      *self.enter(
+        tokens,
+        positions=positions,
+        segment_ids=segment_ids,
+        mask=mask,
+        rng=rng,
+        progress=progress,
+        train=train,
+      )
+    )
+    return self.norm(x), stats
+
+  def enter(
+    self,
+    tokens: Int[Array, 'B S'],
+    *,
+    positions: Int[Array, 'B S'] | None = None,
+    segment_ids: Int[Array, 'B S'] | None = None,
+    mask: Bool[Array, 'B S'] | None = None,
+    rng: jax.Array | None = None,
+    progress: jax.Array | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, 'B S D'], Context, tuple[jax.Array, jax.Array], Visible | None]:
+    """What the first block is called with; arguments as of a call."""
     counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]  # [1, S] serves every sequence
     turn = rotation(counted if positions is None else positions, self.head_dim)
     context = Context(
@@ -128,11 +162,11 @@ class Decoder(nnx.Module):
       token_ids=tokens,
       positions=jnp.broadcast_to(counted, tokens.shape) if positions is None else positions,
       rng=rng,
+      progress=progress,
       train=train,
     )
     visible = visibility(segment_ids, mask, causal=self.causal)
-    x, stats = self.stack(self.embed(tokens), context, turn, visible)
-    return self.norm(x), stats
+    return self.embed(tokens), context, turn, visible
 
   def logits(self, x: Float[Array, '... D']) -> Float[Array, '... V']:
     """The output layer, float32 or wider."""

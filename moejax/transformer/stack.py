@@ -193,7 +193,7 @@ def make_unit(make_block, unit: Sequence[str], key: jax.Array):
   return nnx.split(nnx.List([make_block(kind, rngs) for kind in unit]))
 
 
-def context_of(layer: jax.Array, context: Context) -> Context:
+def context_of(layer: jax.Array | int, context: Context) -> Context:
   """`context` with the layer's own key."""
   if context.rng is None:
     return context

@@ -96,15 +96,21 @@ class ViT(nnx.Module):
     images: Float[Array, 'B I J Q'],
     *,
     rng: jax.Array | None = None,
+    progress: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, 'B O'], RoutingStats | None]:
     """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]` (None without)."""
-    x, stats = self.features(images, rng=rng, train=train)
+    x, stats = self.features(images, rng=rng, progress=progress, train=train)
     pooled = jnp.mean(x, axis=1, dtype=master_dtype(x.dtype))  # [B, S, D] -> [B, D]
     return self.head(pooled, wide=True), stats
 
   def features(
-    self, images: Float[Array, 'B I J Q'], *, rng: jax.Array | None = None, train: bool = False
+    self,
+    images: Float[Array, 'B I J Q'],
+    *,
+    rng: jax.Array | None = None,
+    progress: jax.Array | None = None,
+    train: bool = False,
   ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
     """Normed features of every patch, before pooling, and stats; arguments as of a call."""
     x = self.embed(to_patches(images, self.patch_size))
@@ -114,7 +120,7 @@ class ViT(nnx.Module):
       table = self.positions[...]
     x = x + table.astype(x.dtype)[None, :, :]
     counted = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-    x, stats = self.stack(x, Context(positions=counted, rng=rng, train=train))
+    x, stats = self.stack(x, Context(positions=counted, rng=rng, progress=progress, train=train))
     return self.norm(x), stats
 
 

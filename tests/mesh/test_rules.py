@@ -12,6 +12,9 @@ from jax.sharding import PartitionSpec as P
 from moejax import MoE
 from moejax.mesh.make import make_mesh
 from moejax.mesh.rules import like_params, param_shardings, path_name, spec_of
+from moejax.moe.cartesian import CartesianMoE
+from moejax.moe.multi_head import MultiHeadMoE
+from moejax.moe.peer import Peer
 from moejax.transformer import Decoder, ViT
 
 moe = functools.partial(MoE, 16, 32, 4, num_shared=1, output_norm=True)
@@ -35,6 +38,26 @@ def vit():
   return ViT((8, 8, 1), 4, 10, **SIZES, **options, rngs=nnx.Rngs(0))
 
 
+MIXTURES = {
+  'mixed with shared experts': lambda rngs: moe(shared_mix=True, rngs=rngs),
+  'experts without computation': lambda rngs: moe(
+    zero_experts={'copy': 1, 'constant': 2}, rngs=rngs
+  ),
+  'single neurons': lambda rngs: Peer(16, 64, heads=2, k=4, rngs=rngs),
+  'heads of a token': lambda rngs: MultiHeadMoE(16, 32, 4, heads=2, rngs=rngs),
+  'two in a row': lambda rngs: CartesianMoE(16, 32, 4, num_shared=1, rngs=rngs),
+}
+
+
+@pytest.mark.parametrize('mixture', MIXTURES)
+def test_every_variable_of_every_mixture_matches_one_rule(mixture):
+  model = lambda: Decoder(64, **SIZES, moe=MIXTURES[mixture], moe_layers=(1, 3), rngs=nnx.Rngs(0))
+  params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(model))[1])
+  shardings = param_shardings(make_mesh(2, 2, 2, devices=jax.devices()), params)
+  names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shardings)}
+  assert len([name for name in names if '/moe/' in name]) >= 4
+
+
 @pytest.mark.parametrize('make', [decoder, vit])
 def test_every_variable_matches_one_rule_and_moments_follow(make):
   mesh = make_mesh(2, 2, 2, devices=jax.devices())
@@ -56,6 +79,28 @@ def test_every_variable_matches_one_rule_and_moments_follow(make):
     jax.tree.leaves(moments[0].mu) == jax.tree.leaves(shardings) == jax.tree.leaves(moments[0].nu)
   )
   assert moments[0].count.spec == P()
+
+
+OTHER_ROUTERS = [
+  {'name': 'noisy_top_k', 'k': 2},
+  {'name': 'cosine'},
+  {'name': 'modified_softmax'},
+  {'name': 'hash', 'counts': (3, 2, 1)},
+  {'name': 'mask_moe', 'vocab_size': 64},
+  {'name': 'mixture_of_tokens'},
+  {'name': 'smoe_dropout'},
+]
+
+
+@pytest.mark.parametrize('router', OTHER_ROUTERS, ids=lambda router: router['name'])
+def test_parameters_and_tables_of_other_routers_are_on_every_device(router):
+  layer = nnx.eval_shape(lambda: moe(router, rngs=nnx.Rngs(0)))
+  names = [
+    path_name(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(layer.router)[1]))
+  ]
+  assert names
+  assert {spec_of(f'moe/router/{name}', 1) for name in names} == {P()}
 
 
 def test_the_layer_axis_is_never_sharded():

@@ -17,7 +17,8 @@ from moejax.routers import weighting
 from moejax.routers.affinity import TokenAffinity, load_probability
 from moejax.routers.capacity import capacity, keep_within_capacity
 from moejax.routers.expert_choice import ExpertAffinity, ExpertChoiceAssign, capped_plan
-from moejax.routers.soft import mix, normalise, slot_affinity
+from moejax.routers.sinkhorn import sinkhorn_plan
+from moejax.routers.soft import Mix, normalise, slot_affinity
 from moejax.routers.top_k import TopKAssign
 
 H = jnp.array(
@@ -197,11 +198,21 @@ def test_the_capped_plan_meets_its_constraints():
   assert float(plan.max()) <= 1 + 1e-6
 
 
+def test_sinkhorn_plan_of_six_rounds():
+  plan = sinkhorn_plan(H[None], iterations=6)[0]
+  np.testing.assert_allclose(plan[0], [0.4124, 0.2541, 0.2269, 0.1066], atol=6e-5)
+  np.testing.assert_allclose(plan[5], [0.0675, 0.1249, 0.3350, 0.4727], atol=6e-5)
+  assert plan.argmax(-1).tolist() == [0, 1, 1, 2, 0, 3]
+  assert H.argmax(-1).tolist() == [0, 0, 1, 0, 0, 3]
+  np.testing.assert_allclose(plan.sum(1), 1, rtol=1e-5)
+  np.testing.assert_allclose(plan.sum(0), 6 / 4, rtol=1e-4)
+
+
 def test_soft_mixing():
   x = jnp.array([[[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]])
   phi = jnp.array([[1.0, 0.0], [1.0, 1.0]])[:, :, None]  # slots (1, 1) and (0, 1), one an expert
   logits = jnp.einsum('BSD,DEP->BSEP', normalise(x, -1), normalise(phi, 0))
-  plan = mix(slot_affinity(logits, None, None, Context()), Context())
+  plan = Mix()(slot_affinity(logits, None, None, Context()), Context())
   slots = jnp.einsum('BSEP,BSD->BEPD', plan.dispatch, x)[0, :, 0]
   np.testing.assert_allclose(slots, [[1.497098, 2.196518], [1.291530, 2.412375]], atol=2e-5)
   y = jnp.einsum('BSEP,EPD->BSD', plan.combine, slots[:, None])[0]

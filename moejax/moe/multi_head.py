@@ -1,0 +1,94 @@
+"""MH-MoE: every token is cut into sub-tokens that are routed apart.
+
+Wu et al. 2024, "Multi-head mixture-of-experts".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moejax.arrays import Aux, Context
+from moejax.moe.layer import MoE
+from moejax.transformer.linear import Linear
+
+_half_xavier = nnx.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')  # gain 1 / sqrt(2)
+_xavier = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
+
+
+class MultiHeadMoE(nnx.Module):
+  """`merge(moe(split(x)))`: x W_h + b is cut into h sub-tokens of width D / h, which share router and experts.
+
+  Args:
+    d_model: D.
+    d_ff: F, hidden width of an expert; an expert reads and writes D / h, so that h times a plain layer's F costs what
+      that layer does.
+    num_experts: E.
+    router: as of `MoE`; it sees sequences of h S sub-tokens, those of a token side by side.
+    heads: h, a divisor of D.
+    dtype: type of the computation.
+    out_scale: factor on the standard deviation of the experts' initial output weights.
+    rngs: source of the initial parameters; W_h and W_m as in the released code Xavier uniform, gain 1 / sqrt(2) and 1.
+    options: of `MoE`.
+
+  Statistics count sub-tokens. Prefix-safe and batch-free as the router is.
+
+  Raises:
+    ValueError: heads does not divide D, or an option of `MoE` out of its range.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    d_ff: int,
+    num_experts: int,
+    router='top_k',
+    *,
+    heads: int = 4,
+    dtype=jnp.float32,
+    out_scale: float = 1.0,
+    rngs: nnx.Rngs,
+    **options,
+  ):
+    if heads < 1 or d_model % heads:
+      raise ValueError(f'heads={heads} does not divide d_model={d_model}')
+    linear = {'use_bias': True, 'dtype': dtype, 'rngs': rngs}
+    self.split = Linear(d_model, d_model, init=_half_xavier, **linear)
+    self.moe = MoE(
+      d_model // heads,
+      d_ff,
+      num_experts,
+      router,
+      dtype=dtype,
+      out_scale=out_scale,
+      rngs=rngs,
+      **options,
+    )
+    self.merge = Linear(d_model, d_model, init=_xavier, **linear)
+    self.heads = heads
+
+  def __call__(
+    self, x: Float[Array, '*batch S D'], context: Context | None = None
+  ) -> tuple[Float[Array, '*batch S D'], Aux]:
+    """Outputs, zero for padding, and `Aux` of the sub-tokens."""
+    *lead, num_positions, width = x.shape
+    context = context or Context()
+    parts = self.split(x).reshape(*lead, num_positions * self.heads, width // self.heads)
+    y, aux = self.moe(parts, repeat_positions(context, self.heads))
+    y = self.merge(y.reshape(x.shape)).astype(x.dtype)
+    if context.mask is not None:
+      y = jnp.where(context.mask[..., None], y, 0)
+    return y, aux
+
+
+def repeat_positions(context: Context, times: int) -> Context:
+  """The context of a sequence of which every position stands `times` times side by side."""
+  arrays = {name: getattr(context, name) for name in ('mask', 'token_ids', 'positions')}
+  repeated: dict[str, Any] = {
+    name: jnp.repeat(array, times, -1) for name, array in arrays.items() if array is not None
+  }
+  return dataclasses.replace(context, **repeated)

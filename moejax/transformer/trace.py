@@ -1,0 +1,29 @@
+"""Which token went to which expert, layer by layer."""
+
+from __future__ import annotations
+
+from moejax.arrays import Assignment, SoftPlan
+from moejax.moe.layer import MoE
+from moejax.transformer.decoder import Decoder
+from moejax.transformer.stack import context_of
+
+
+def routing_trace(model: Decoder, tokens, **inputs) -> list[Assignment | SoftPlan]:
+  """What the router of every mixture decides, in layer order.
+
+  Layers run one by one, so that this is slower than the model itself; for studies of routing.
+
+  Args:
+    model: a decoder or encoder.
+    tokens: int `[B, S]`.
+    inputs: as of a call of the model.
+  """
+  x, context, turn, visible = model.enter(tokens, **inputs)
+  found = []
+  for layer, block in enumerate(model.stack.unstack()):
+    own = context_of(layer, context)
+    if isinstance(block.moe, MoE):
+      h = block.ffn_norm(x + block.attention(block.attention_norm(x), turn, visible))
+      found.append(block.moe.router(h, own))
+    x, _ = block(x, own, turn, visible)
+  return found
