@@ -51,6 +51,14 @@ def _checked_modules() -> list[str]:
 jaxtyping.install_import_hook(_checked_modules(), 'beartype.beartype')
 
 
+def pytest_collection_modifyitems(items):
+  """Tests of one file run in one process, and of a table of routers those of one row."""
+  for item in items:
+    row = getattr(item, 'callspec', None) and item.callspec.params.get('row')
+    group = f'{item.path.relative_to(ROOT)}:{row}' if row else f'{item.path.relative_to(ROOT)}'
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
   """The global generators, which other packages may draw from, start equal in every test."""

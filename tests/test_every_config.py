@@ -1,24 +1,37 @@
 """Every config is a complete record of its experiment and describes a model that can be laid out."""
 
 import importlib.util
+import inspect
+import json
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from experiments.build import check_routing, model_maker, open_stream
+from experiments.errors import BadInput
 from experiments.settings import Settings
 from experiments.state import ModelDef
+from experiments.sweeps import plan
 from moejax.mesh.make import make_mesh
 from moejax.mesh.rules import param_shardings
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(
-  p for p in (ROOT / 'configs').rglob('*.py') if p.stem not in ('__init__', 'common')
-)
+FOLDER = ROOT / 'configs'
+RECORDS = sorted(p for p in FOLDER.rglob('*.py') if p.stem not in ('__init__', 'common'))
+SWEEPS = [p for p in RECORDS if p.parent.name in ('sweeps', 'compare')]
+RESULTS = {p.stem if p.parent.name == 'sweeps' else f'compare_{p.stem}' for p in SWEEPS}
+CONFIGS = [p for p in RECORDS if p not in SWEEPS]
 PARTS = ('Paper:', 'Command:', 'Machine:', 'Time:', 'Expect:', 'Seeds:')
-
-every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+EMBEDDED = ('mnist5k', 'wiki6')
+# What a model must know of data that is not here. The vocabulary is that of GPT-2, whatever the config's tokenizer.
+ABSENT = {
+  'c4/en': {'vocab_size': 50_257, 'image_shape': None, 'num_classes': None},
+  'imagenet2012': {'vocab_size': None, 'image_shape': (224, 224, 3), 'num_classes': 1000},
+}
 
 
 def load(path):
@@ -28,20 +41,89 @@ def load(path):
   return module
 
 
-@every_config
+def arguments(path):
+  """The VARIANTS that a config's get_config(name) accepts, or (None,)."""
+  return getattr(load(path), 'VARIANTS', (None,))
+
+
+def get_config(path, argument):
+  return load(path).get_config(*() if argument is None else (argument,))
+
+
+every_record = pytest.mark.parametrize('path', RECORDS, ids=lambda path: path.stem)
+every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+every_sweep = pytest.mark.parametrize('path', SWEEPS, ids=lambda path: path.stem)
+every_variant = pytest.mark.parametrize(
+  ('path', 'argument'),
+  [
+    pytest.param(path, argument, id=':'.join(filter(None, (path.stem, argument))))
+    for path in CONFIGS
+    for argument in arguments(path)
+  ],
+)
+
+
+@every_record
 def test_the_docstring_is_the_experiments_record(path):
+  """A sweep may leave machine, time, numbers and seeds to the folder of its results."""
   text = load(path).__doc__
-  for part in PARTS:
+  results = re.search(r'^Results: experiments/results/(\w+)\.$', text, re.MULTILINE)
+  elsewhere = path in SWEEPS and results and results[1] in RESULTS
+  for part in PARTS[:2] if elsewhere else PARTS:
     assert part in text, part
-  assert f'--config configs/{path.relative_to(ROOT / "configs")}' in text
+  assert f'--config configs/{path.relative_to(FOLDER)}' in text
+
+
+@every_variant
+def test_the_settings_are_valid_and_the_parameters_have_a_place(path, argument):
+  settings = Settings.from_config(get_config(path, argument))
+  check_routing(settings)
+  lay_out(settings)
 
 
 @every_config
-def test_the_settings_are_valid_and_the_parameters_have_a_place(path):
-  settings = Settings.from_config(load(path).get_config())
-  check_routing(settings)
+def test_an_argument_that_is_not_accepted_is_answered_with_those_that_are(path):
+  takes_one = bool(inspect.signature(load(path).get_config).parameters)
+  assert takes_one == (arguments(path) != (None,))
+  if takes_one:
+    with pytest.raises(ValueError, match="'s99'") as error:
+      get_config(path, 's99')
+    for argument in arguments(path):
+      assert f' {argument}' in str(error.value)
+
+
+@every_sweep
+def test_every_run_of_a_sweep_is_valid_and_its_parameters_have_a_place(path):
+  runs, models = plan.load(str(path)), {}
+  assert len(runs) > 1
+  for run in runs:
+    models[json.dumps(asdict(run.settings.model), sort_keys=True)] = run.settings
+  for settings in models.values():  # of runs that differ in data, steps or schedule, one
+    check_routing(settings)
+    lay_out(settings)
+
+
+@every_variant
+def test_data_that_is_not_here_is_asked_for_in_one_sentence(path, argument, tmp_path):
+  settings = Settings.from_config(get_config(path, argument))
+  if settings.data.name in EMBEDDED:
+    assert open_stream(settings, train=True).num_records
+    return
+  settings = replace(settings, data=replace(settings.data, data_dir=str(tmp_path)))
+  with pytest.raises(BadInput) as error:
+    open_stream(settings, train=True)
+  assert f'`tfds build {settings.data.name} ' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def lay_out(settings):
+  """Every parameter and every state of a router has its place on a mesh; no array is made."""
+  if settings.data.name in EMBEDDED:
+    stream = open_stream(settings, train=True)
+  else:
+    stream = SimpleNamespace(**ABSENT[settings.data.name])
   mesh = make_mesh(devices=jax.devices()[:1])
-  definition = ModelDef(model_maker(settings, open_stream(settings, train=True), mesh))
+  definition = ModelDef(model_maker(settings, stream, mesh))
   params, routing = jax.eval_shape(definition.init, jax.random.key(0))
   assert jax.tree.leaves(param_shardings(mesh, params))
   param_shardings(mesh, routing)

@@ -154,6 +154,9 @@ def test_the_table_of_losses_has_their_values():
     'E / k': experts / k,
     'E / k - 1': experts / k - 1,
     'log(k)': math.log(k),
+    'sqrt(E)': math.sqrt(experts),
+    'sqrt(k)': math.sqrt(k),
+    '(E / k - 1) / (E - 1)': (experts / k - 1) / (experts - 1),
   }
   values |= {'log(E)': log, '-log(E)': -log, 'log(E)**2': log**2}
   rows = table('loss', 'certain', 'undecided', 'collapsed', 'source')
@@ -180,7 +183,9 @@ def test_bad_input_is_answered_as_printed(row):
 
 def test_commands_name_programs_that_exist():
   modules = re.findall(r'scripts/python -m ([\w.]+)', README)
-  assert set(modules) == {'experiments.train', 'pytest'}
+  programs = {name.removeprefix('experiments.') for name in modules if name != 'pytest'}
+  assert {'train', 'sweep', 'fit', 'optimal', 'compare', 'claims'} <= programs
+  assert all((ROOT / 'experiments' / f'{name}.py').is_file() for name in programs)
   assert all(
     (ROOT / path).is_file() for path in re.findall(r'scripts/python (scripts/\S+\.py)', README)
   )

@@ -1,0 +1,56 @@
+"""The figures of studies, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import BadInput
+from experiments.studies.rows import mean_sd
+
+
+def pyplot() -> Any:
+  """matplotlib, drawing to files.
+
+  Raises:
+    BadInput: it is not installed.
+  """
+  try:
+    import matplotlib as mpl
+
+    mpl.use('Agg')
+    from matplotlib import pyplot as plt
+  except ImportError as error:
+    raise BadInput('figures need matplotlib: MOEJAX_EXTRAS=dev scripts/python ...') from error
+  plt.rcParams.update(
+    {
+      'axes.spines.top': False,
+      'axes.spines.right': False,
+      'axes.grid': True,
+      'grid.color': '#e4e4e4',
+      'axes.axisbelow': True,
+      'figure.dpi': 130,
+      'font.size': 9,
+      'legend.frameon': False,
+    }
+  )
+  return plt
+
+
+def bars(file: Path, values: Mapping[str, Sequence[float]], unit: str, title: str) -> None:
+  """A dot with its standard deviation for every name, one below the other, and the seeds as small dots."""
+  plt = pyplot()
+  figure, axis = plt.subplots(figsize=(7, 0.6 + 0.27 * len(values)), layout='constrained')
+  for place, seeds in enumerate(values.values()):
+    mean, sd = mean_sd(seeds)
+    axis.plot(seeds, [place] * len(seeds), '.', color='#9db8d9', zorder=2)
+    axis.errorbar(mean, place, xerr=sd, fmt='o', color='#1f5fa8', markersize=5, capsize=2, zorder=3)
+  axis.set_yticks(np.arange(len(values)), list(values))
+  axis.invert_yaxis()
+  axis.set_xlabel(unit)
+  axis.set_title(title, loc='left', fontsize=10)
+  figure.savefig(file)
+  plt.close(figure)

@@ -1,0 +1,156 @@
+"""What configs/sweeps/soft_moe_cpu.py says of the claims of Soft MoE, Puigcerver et al. 2023.
+
+  python -m experiments.studies.soft_moe DIR
+
+DIR is the sweep's folder; writes experiments/results/soft_moe_cpu.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from experiments import cli
+from experiments.claims import Claim, compare, write_result
+from experiments.studies import figure, rows
+from experiments.studies.rows import Row, by_seed, router_is
+
+PAPER = 'Soft MoE, Puigcerver et al. 2023'
+COMMAND = rows.commands('soft_moe')
+NOTE = (
+  'A ViT of width 96 with four blocks, the last two mixtures, on 16 patches of an MNIST digit; 400 steps of 64 images '
+  '(4,000 training images), accuracy on 1,000 test images. All mixtures but those of the grid work on 16 slots or rows '
+  'an image, so they cost the same. The paper trains on 4 billion images; ours says which orderings hold in the small.'
+)
+
+
+def arms() -> dict[str, Callable[[Row], bool]]:
+  """Name -> which rows."""
+
+  def placed(layers: str) -> Callable[[Row], bool]:
+    return lambda row: str(row.get('model.moe.layers')) == layers
+
+  def grid(experts: int, slots: int) -> Callable[[Row], bool]:
+    soft = router_is(name='soft', slots=slots)
+    return lambda row: soft(row) and row.get('model.moe.num_experts', 16) == experts
+
+  token = {'name': 'top_k', 'k': 1, 'capacity_factor': 1.0}
+  return {
+    'dense': placed('none'),
+    'soft': grid(16, 1),
+    'experts choice': router_is(name='expert_choice', capacity_factor=1.0, group='sequence'),
+    'tokens choice': router_is(**token),
+    'tokens choice, BPR': router_is(**token, priority='score'),
+    'learned dispatch': router_is(name='soft', mixing='learned_dispatch'),
+    'learned combine': router_is(name='soft', mixing='learned_combine'),
+    'uniform': router_is(name='soft', mixing='uniform'),
+    'identity': router_is(name='soft', mixing='identity'),
+    **{f'{e} x {p}': grid(e, p) for e, p in ((1, 16), (4, 4), (1, 64), (16, 4))},
+    'layers 0, 1': placed('0,1'),
+    'layers 1, 3': placed('1,3'),
+  }
+
+
+def claims(accuracy: dict[str, list[float]]) -> list[Claim]:
+  """Accuracies in percent by arm -> claims."""
+
+  def better(claim: str, place: str, published: str, good: str, bad: str) -> Claim:
+    return compare(
+      claim, f'{PAPER}, {place}', published, accuracy[good], accuracy[bad], higher_is_better=True
+    )
+
+  ablation = 'table 2'
+  return [
+    better(
+      'soft is more accurate than a dense ViT of equal cost',
+      ablation,
+      '54.3 against 48.3',
+      'soft',
+      'dense',
+    ),
+    better(
+      'soft is more accurate than experts choice',
+      'figure 6',
+      '72.3 against 68.4',
+      'soft',
+      'experts choice',
+    ),
+    better(
+      'soft is more accurate than tokens choice',
+      'figure 6',
+      '72.3 against 66.8',
+      'soft',
+      'tokens choice',
+    ),
+    better(
+      'batch-prioritised routing helps tokens choice with one choice',
+      'table 7',
+      '51.2 against 50.1',
+      'tokens choice, BPR',
+      'tokens choice',
+    ),
+    better(
+      'learning to combine, too, helps', ablation, '54.3 against 53.6', 'soft', 'learned dispatch'
+    ),
+    better(
+      'learning to dispatch, too, helps', ablation, '54.3 against 52.6', 'soft', 'learned combine'
+    ),
+    better('learned mixing beats uniform mixing', ablation, '54.3 against 51.8', 'soft', 'uniform'),
+    better(
+      'learned mixing beats one token a slot', ablation, '54.3 against 51.5', 'soft', 'identity'
+    ),
+    better(
+      '16 slots are better in 16 experts than in one',
+      'figure 6',
+      'rises with the experts',
+      'soft',
+      '1 x 16',
+    ),
+    better(
+      '64 slots are better in 16 experts than in one',
+      'figure 6',
+      'rises with the experts',
+      '16 x 4',
+      '1 x 64',
+    ),
+    better(
+      'mixtures belong in the last half, not in the first',
+      'tables 4 to 6 (consecutive last layers)',
+      '72.8 for layers 8-11 against 71.1 for 2, 5, 8, 11',
+      'soft',
+      'layers 0, 1',
+    ),
+  ]
+
+
+def main(argv: list[str]) -> int:
+  (folder,) = cli.folders(argv, 'experiments.studies.soft_moe')
+  table = rows.read(folder)
+  accuracy = {
+    name: [100 * value for value in by_seed(table, 'eval_accuracy', where)]
+    for name, where in arms().items()
+  }
+  out = rows.RESULTS / 'soft_moe_cpu'
+  out.mkdir(parents=True, exist_ok=True)
+  figure.bars(
+    out / 'plot.png',
+    accuracy,
+    'test accuracy, %',
+    'Soft MoE and its rivals, mean and s.d. of three seeds',
+  )
+  write_result(
+    out,
+    claims(accuracy),
+    COMMAND,
+    rows.machine(),
+    rows.minutes(table),
+    title='Soft MoE against its rivals and its own ablations',
+    note=NOTE,
+    accuracy=accuracy,
+  )
+  print(out, file=sys.stderr)
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)
