@@ -174,7 +174,7 @@ def draw(file: Path, table: Sequence[Row], token_choice: Sequence[Row]) -> None:
       tokens = next(row['D'] for row in table if row['steps'] == steps)
       _line(axis, cells, colour, f'{tokens / 1e3:,.0f}k tokens')
     if width == 96:
-      token = {g: of_granularity(token_choice, g) for g in (1, 2, 4, 8)}
+      token = {g: of_granularity(token_choice, g) for g in (1, 8)}
       _line(axis, token, '#d0702a', 'token choice, 819k')
     axis.set_xscale('log', base=2)
     axis.set_xticks((1, 2, 4, 8), ('1', '2', '4', '8'))
