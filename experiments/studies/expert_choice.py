@@ -33,7 +33,8 @@ NOTE = (
   'A masked language model of width 96 with two blocks, the second a mixture of 16 experts, on bytes: 400 steps of 16 '
   'sequences of 128, loss in nats a masked byte on the same validation text. Token choice has capacity factor 1.25 and '
   'a balance loss of 0.01, as the paper has. Steps to a loss are read off the evaluation every 25 steps, with straight '
-  'lines between; the loss to reach is the last one of top-2 with the same seed.'
+  'lines between. Seeds differ by 0.1 nats, more than routers do after so few steps: the claims of loss are open here, '
+  'not refuted. The loss to reach is the higher one of the last losses of both, with the same seed.'
 )
 
 
@@ -47,17 +48,27 @@ def arms() -> dict[str, Callable[[Row], bool]]:
     'expert choice 0.5': router_is(**choice, capacity_factor=0.5),
     'expert choice 1': router_is(**choice, capacity_factor=1.0),
     'expert choice 2': router_is(**choice, capacity_factor=2.0),
-    'expert choice 2, cap 2': router_is(**choice, capacity_factor=2.0, cap=2),
-    'expert choice 2, cap 3': router_is(**choice, capacity_factor=2.0, cap=3),
   }
 
 
-def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float:
+Curve = Sequence[tuple[float, float]]
+
+
+def steps_to(curve: Curve, loss: float) -> float:
   """Where the curve of (steps, loss) first is at `loss`, with straight lines between its points; nan if nowhere."""
   for (step, high), (after, low) in itertools.pairwise(curve):
     if low <= loss:
       return after if high == low else step + (after - step) * max(0.0, high - loss) / (high - low)
   return float('nan')
+
+
+def relative_steps(ours: Curve, theirs: Curve) -> float:
+  """Steps that the first run needs for a loss as a multiple of those that the second needs.
+
+  The loss is the higher one of both last losses, which both reach.
+  """
+  loss = max(ours[-1][1], theirs[-1][1])
+  return steps_to(ours, loss) / steps_to(theirs, loss)
 
 
 def curve_of(folder: Path, row: Row) -> list[tuple[float, float]]:
@@ -122,9 +133,6 @@ def claims(
     lower(
       'expert choice has a lower loss than a hash layer', glue, '84.0 against 81.3', two, 'hash'
     ),
-    lower(
-      'a cap of 2 experts a token costs quality', glue, '84.0 against 83.2', two, f'{two}, cap 2'
-    ),
     compare(
       'more tokens have one or two experts than any other number',
       f'{PAPER}, section 4.5',
@@ -146,7 +154,7 @@ def main(argv: list[str]) -> int:
   }
   curves = {name: [curve_of(folder, row) for row in group] for name, group in chosen.items()}
   ratio = [
-    steps_to(ours, theirs[-1][1]) / theirs[-1][0]
+    relative_steps(ours, theirs)
     for ours, theirs in zip(curves['expert choice 2'], curves['top-2'], strict=True)
   ]
   shares = np.stack([experts_of_tokens(folder / row['key']) for row in chosen['expert choice 2']])

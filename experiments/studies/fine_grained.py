@@ -181,7 +181,8 @@ def draw(file: Path, table: Sequence[Row], token_choice: Sequence[Row]) -> None:
     axis.set_xlabel('granularity')
     axis.set_title(f'width {width}', loc='left', fontsize=10)
   axes[0].set_ylabel('evaluation loss, nats a byte')
-  axes[1].legend(fontsize=8)
+  names = axes[1].get_legend_handles_labels()
+  drawing.legend(*names, loc='outside lower center', ncols=4, fontsize=8)
   drawing.savefig(file)
   plt.close(drawing)
 

@@ -20,7 +20,9 @@ COMMAND = rows.commands('soft_moe')
 NOTE = (
   'A ViT of width 96 with four blocks, the last two mixtures, on 16 patches of an MNIST digit; 400 steps of 64 images '
   '(4,000 training images), accuracy on 1,000 test images. All mixtures but those of the grid work on 16 slots or rows '
-  'an image, so they cost the same. The paper trains on 4 billion images; ours says which orderings hold in the small.'
+  'an image, so they cost the same. The paper trains on 4 billion images for 300,000 steps and more. In 400 steps most '
+  'mixtures are where the dense model is: mixing begins nearly uniform and has to be learnt first. What stands out has '
+  'experts by place ("identity": digits are centred, so that a place means much the same in every image) or by choice.'
 )
 
 
