@@ -8,10 +8,12 @@ run leaves in its workdir, is only read; with --workdir alone that config.json i
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,6 +156,13 @@ def _load(path: str) -> ConfigDict:
   return config
 
 
+class _Fresh(importlib.machinery.SourceFileLoader):
+  """Reads the source every time: compiled files are told apart by whole seconds and sizes, and configs are small."""
+
+  def get_code(self, fullname: str) -> types.CodeType:
+    return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def execute(
   file: Path, kind: str, functions: tuple[str, ...], arguments: tuple[str, ...] = ()
 ) -> list[Any]:
@@ -170,11 +179,12 @@ def execute(
   """
   if file.suffix != '.py' or not file.is_file():
     raise BadInput(f'--config={file} is not accepted: it must be a .py file of this machine')
-  spec = importlib.util.spec_from_file_location('config_file', file)
-  assert spec is not None and spec.loader is not None  # a .py file has both
+  loader = _Fresh('config_file', str(file))
+  spec = importlib.util.spec_from_loader('config_file', loader)
+  assert spec is not None  # a loader of a file has one
   module = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     for name in functions:
       if not hasattr(module, name):
         raise BadInput(f'--config={file} is not {kind}: it has no function {name}')

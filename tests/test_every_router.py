@@ -351,8 +351,8 @@ def test_a_plan_keeps_its_own_contract(row):
   rows, chunk = token.size // plan.groups, B * S // plan.groups
   np.testing.assert_array_equal(token // chunk, np.arange(token.size) // rows)
   assert not layer.router.flags.stays_in_sequence or plan.groups % B == 0
-  # what is declared for counts of FLOPs: not more than there is room for
-  assert 0 < layer.router.rows_per_token(S) <= max(token.size / (B * S), 1.5)
+  # what is declared for counts of FLOPs: not more than there is room for, up to a capacity that is rounded down
+  assert 0 < layer.router.rows_per_token(S) <= token.size / (B * S) + E / S
   kept = (token * dropped + expert)[expert < dropped]
   assert len(set(kept.tolist())) == len(kept)  # no token twice at one expert
 
@@ -374,7 +374,7 @@ def test_statistics_add_up(row):
   """The stats of two calls on halves that do not interact are the stats of the joined call."""
   layer, x = make_layer(row), tokens()
   call = program(row, gradient=False)
-  halves = [call(layer, x[i : i + 1], context())[2] for i in range(B)]
+  halves = [call(layer, x[i : i + 1], context(token_ids=ids()[i : i + 1]))[2] for i in range(B)]
   check_close(jax.tree.map(jnp.add, *halves), program(row)(layer, x, context())[2], 1e-5)
 
 
