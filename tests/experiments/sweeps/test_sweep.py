@@ -172,6 +172,9 @@ def test_slurm_options_come_from_the_environment(monkeypatch):
   assert remote.slurm_options() == {'slurm_partition': 'gpu', 'slurm_gpus_per_node': '1'}
 
 
+# Ray leaves files of its own open
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings('ignore::ResourceWarning')
 @pytest.mark.parametrize('backend', ['submitit', 'ray'])
 def test_an_engine_runs_the_same_sweep_here(backend, file, tmp_path):
   """Both engines for real, in their local modes."""
