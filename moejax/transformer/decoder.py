@@ -119,28 +119,10 @@ class Decoder(nnx.Module):
     return self.logits(x), stats
 
   def features(
-    self,
-    tokens: Int[Array, 'B S'],
-    *,
-    positions: Int[Array, 'B S'] | None = None,
-    segment_ids: Int[Array, 'B S'] | None = None,
-    mask: Bool[Array, 'B S'] | None = None,
-    rng: jax.Array | None = None,
-    progress: jax.Array | None = None,
-    train: bool = False,
+    self, tokens: Int[Array, 'B S'], **inputs
   ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
     """What the output layer reads, and stats; arguments as of a call."""
-    x, stats = self.stack(
-      *self.enter(
-        tokens,
-        positions=positions,
-        segment_ids=segment_ids,
-        mask=mask,
-        rng=rng,
-        progress=progress,
-        train=train,
-      )
-    )
+    x, stats = self.stack(*self.enter(tokens, **inputs))
     return self.norm(x), stats
 
   def enter(
