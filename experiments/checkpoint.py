@@ -50,12 +50,11 @@ class Checkpoints:
     self.folder = folder.absolute()
     self._read_only = read_only
     self._saved: int | None = None
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only)
     try:
       if not read_only:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
       self._manager = ocp.CheckpointManager(self.folder, options=options)
     except OSError as error:
       raise StorageError(
@@ -213,11 +212,16 @@ class Checkpoints:
       multihost_utils.sync_global_devices(f'corrupt checkpoint {step}')
     self._manager.reload()
 
-  def _fail(self, step: int | None, error: Exception) -> NoReturn:
-    """Raises for a failed save, after removing its half-written folder, which would keep a full disk full."""
-    if not self._read_only and jax.process_index() == 0:
+  def _remove_unfinished(self) -> None:
+    """Removes half-written checkpoints at once; Orbax would in a thread that it waits for before a save alone."""
+    if jax.process_index() == 0:
       for rest in self.folder.glob('*.orbax-checkpoint-tmp*'):
         shutil.rmtree(rest, ignore_errors=True)
+
+  def _fail(self, step: int | None, error: Exception) -> NoReturn:
+    """Raises for a failed save, after removing its half-written folder, which would keep a full disk full."""
+    if not self._read_only:
+      self._remove_unfinished()
     if not isinstance(error, OSError) and not _STORAGE.search(str(error)):
       raise error
     message = f'checkpoint {self.folder}/{step} was not saved: {_first_line(error)}'
