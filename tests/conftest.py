@@ -11,12 +11,14 @@ DEVICES = 8
 def _with_test_flags(flags: str, count: int) -> str:
   """XLA's flags with `count` host devices and quick compiles, and whatever else the user has set.
 
-  The suite compiles some thousand small programs: LLVM's optimisations would be a third of its time. Programs that
-  tests start as processes of their own, and CI's training run, are compiled as users compile them.
+  The suite compiles some thousand small programs: LLVM's optimisations would be a third of its time, and fused loops
+  as much again. Programs that tests start as processes of their own, and CI's training run, are compiled as users
+  compile them.
   """
   ours = {
     '--xla_force_host_platform_device_count': count,
     '--xla_backend_optimization_level': 0,
+    '--xla_cpu_use_fusion_emitters': 'false',
   }
   kept = [flag for flag in flags.split() if flag.partition('=')[0] not in ours]
   return ' '.join([*kept, *(f'{name}={value}' for name, value in ours.items())])
@@ -66,11 +68,23 @@ def fixed_seeds():
   np.random.seed(0)  # noqa: NPY002
 
 
+@pytest.fixture(scope='session')
+def let_go_of_programs():
+  """Frees compiled programs before their memory maps, some tens each, reach Linux's limit of 65,530 a process."""
+  maps = pathlib.Path('/proc/self/maps')
+
+  def let_go() -> None:
+    if not maps.exists() or maps.read_bytes().count(b'\n') > 20_000:
+      jax.clear_caches()
+
+  return let_go
+
+
 @pytest.fixture(autouse=True, scope='module')
-def compiled_programs_are_let_go():
-  """Programs of one file do not pile up on those of the next: each holds memory maps, and these are limited."""
+def programs_do_not_pile_up(let_go_of_programs):
+  """Programs of one file are let go before the next one's."""
   yield
-  jax.clear_caches()
+  let_go_of_programs()
 
 
 @pytest.fixture
