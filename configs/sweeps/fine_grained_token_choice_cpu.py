@@ -1,4 +1,4 @@
-"""The ablation of fine_grained_cpu.py: token choice, top-G of 8 G experts for G = 1 and 8, with a balance loss.
+"""The ablation of fine_grained_cpu.py: token choice, top-G of 8 G experts, with a balance loss.
 
 Paper: Krajewski et al. 2024 use expert choice throughout; token choice at granularity G is DeepSeekMoE's (Dai et al.
   2024).
@@ -22,4 +22,4 @@ def get_base():
 
 
 def get_runs():
-  return grid({'model.moe.granularity': (1, 8), 'seed': (0, 1, 2)})
+  return grid({'model.moe.granularity': (1, 2, 4, 8), 'seed': (0, 1, 2)})

@@ -48,6 +48,10 @@ def arms() -> dict[str, Callable[[Row], bool]]:
     'expert choice 0.5': router_is(**choice, capacity_factor=0.5),
     'expert choice 1': router_is(**choice, capacity_factor=1.0),
     'expert choice 2': router_is(**choice, capacity_factor=2.0),
+    **{
+      f'expert choice 2, capped at {cap}': router_is(**choice, capacity_factor=2.0, cap=cap)
+      for cap in (2, 3)
+    },
   }
 
 
@@ -132,6 +136,20 @@ def claims(
     ),
     lower(
       'expert choice has a lower loss than a hash layer', glue, '84.0 against 81.3', two, 'hash'
+    ),
+    lower(
+      'a cap of 2 experts a token costs loss',
+      glue,
+      '84.0 without a cap, 83.2 capped at 2',
+      two,
+      f'{two}, capped at 2',
+    ),
+    lower(
+      'a cap of 3 experts a token costs less than a cap of 2',
+      glue,
+      '84.0 capped at 3, 83.2 capped at 2',
+      f'{two}, capped at 3',
+      f'{two}, capped at 2',
     ),
     compare(
       'more tokens have one or two experts than any other number',

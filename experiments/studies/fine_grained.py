@@ -22,6 +22,7 @@ from experiments.studies import figure, rows
 from experiments.studies.rows import Row, by_seed, mean_sd
 
 PAPER = 'Krajewski et al. 2024'
+GRANULARITIES = (1, 2, 4, 8)
 COMMAND = """scripts/python -m experiments.sweep --config configs/sweeps/fine_grained_cpu.py --workdir runs/fine
 scripts/python -m experiments.sweep --config configs/sweeps/fine_grained_token_choice_cpu.py --workdir runs/fine_token
 scripts/python -m experiments.fit --runs runs/fine
@@ -54,7 +55,7 @@ def claims(table: Sequence[Row], token_choice: Sequence[Row]) -> list[Claim]:
   steps = max(row['steps'] for row in table)
   found = []
   for width in (64, 96):
-    for fine in (2, 4, 8):
+    for fine in GRANULARITIES[1:]:
       found.append(
         compare(
           f'width {width}: granularity {fine} has a lower loss than 1 at the same parameters and tokens',
@@ -64,16 +65,17 @@ def claims(table: Sequence[Row], token_choice: Sequence[Row]) -> list[Claim]:
           cell(table, width, steps, 1),
         )
       )
-  token = {g: of_granularity(token_choice, g) for g in (1, 8)}
-  found.append(
-    compare(
-      'token choice, width 96: granularity 8 has a lower loss than 1 at the same parameters and tokens',
-      'Dai et al. 2024 (DeepSeekMoE), table 1 and figure 3',
-      'lower',
-      token[8],
-      token[1],
+  token = {g: of_granularity(token_choice, g) for g in GRANULARITIES}
+  for fine in GRANULARITIES[1:]:
+    found.append(
+      compare(
+        f'token choice, width 96: granularity {fine} has a lower loss than 1 at the same parameters and tokens',
+        'Dai et al. 2024 (DeepSeekMoE), table 1 and figure 3',
+        'lower',
+        token[fine],
+        token[1],
+      )
     )
-  )
   found.append(
     compare(
       'width 96: expert choice at a position has a lower loss than token choice, both at granularity 8',
@@ -91,7 +93,7 @@ def best_granularities(table: Sequence[Row]) -> list[dict[str, Any]]:
   lines = []
   for width in sorted({row['model.d_model'] for row in table}):
     for steps in sorted({row['steps'] for row in table}):
-      losses = {g: float(np.mean(cell(table, width, steps, g))) for g in (1, 2, 4, 8)}
+      losses = {g: float(np.mean(cell(table, width, steps, g))) for g in GRANULARITIES}
       best = min(losses, key=losses.__getitem__)
       flops = next(
         row['flops']
@@ -170,14 +172,14 @@ def draw(file: Path, table: Sequence[Row], token_choice: Sequence[Row]) -> None:
   colours = ('#9db8d9', '#5a8fd0', '#17417a')
   for axis, width in zip(axes, widths, strict=True):
     for steps, colour in zip(sorted({row['steps'] for row in table}), colours, strict=True):
-      cells = {g: cell(table, width, steps, g) for g in (1, 2, 4, 8)}
+      cells = {g: cell(table, width, steps, g) for g in GRANULARITIES}
       tokens = next(row['D'] for row in table if row['steps'] == steps)
       _line(axis, cells, colour, f'{tokens / 1e3:,.0f}k tokens')
     if width == 96:
-      token = {g: of_granularity(token_choice, g) for g in (1, 8)}
+      token = {g: of_granularity(token_choice, g) for g in GRANULARITIES}
       _line(axis, token, '#d0702a', 'token choice, 819k')
     axis.set_xscale('log', base=2)
-    axis.set_xticks((1, 2, 4, 8), ('1', '2', '4', '8'))
+    axis.set_xticks(GRANULARITIES, [str(g) for g in GRANULARITIES])
     axis.set_xlabel('granularity')
     axis.set_title(f'width {width}', loc='left', fontsize=10)
   axes[0].set_ylabel('evaluation loss, nats a byte')

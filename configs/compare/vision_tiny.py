@@ -1,0 +1,52 @@
+"""Routers that fit an image classifier, on handwritten digits, at equal active and total parameters.
+
+A ViT of four blocks on 16 patches, the last two blocks mixtures of 16 experts, of which one works on a token (or 16
+slots on the 16 patches of an image); beside them the same ViT without mixtures.
+
+Paper: of each router, see moejax/routers.
+Command: scripts/python -m experiments.compare --config configs/compare/vision_tiny.py
+Results: experiments/results/compare_vision_tiny.
+"""
+
+from configs import tiny_soft_moe_vit
+from configs.sweeps import grid
+
+SEEDS = (0, 1, 2)
+BALANCE = {'balance': 0.01}
+ARMS = (
+  ({'name': 'top_k', 'k': 1}, BALANCE),
+  ({'name': 'switch'}, BALANCE),
+  ({'name': 'vmoe', 'k': 1, 'capacity_factor': 1.0}, {'importance': 0.01, 'load': 0.01}),
+  ({'name': 'cosine', 'k': 1}, BALANCE),
+  ({'name': 'sinkhorn', 'k': 1}, {}),
+  ({'name': 'base'}, {}),
+  ({'name': 'thor'}, {}),
+  ({'name': 'expert_choice', 'capacity_factor': 1.0}, {}),
+  ({'name': 'expert_choice', 'capacity_factor': 1.0, 'group': 'batch'}, {}),
+  ({'name': 'sinkhorn_expert_choice', 'capacity_factor': 1.0}, {}),
+  ({'name': 'mixture_of_tokens', 'group_size': 16}, {}),
+  ({'name': 'soft'}, {}),
+  ({'name': 'soft', 'mixing': 'uniform'}, {}),
+  ({'name': 'soft', 'mixing': 'identity'}, {}),
+)
+
+
+def get_base():
+  config = tiny_soft_moe_vit.get_config()
+  config.steps = 400
+  config.model.d_model = 64
+  config.model.d_ff = 128
+  config.model.moe.d_ff = 128
+  config.optim.learning_rate = 2e-3
+  config.optim.warmup_steps = 40
+  config.eval = {'every': 0, 'batches': 16}
+  config.checkpoint.every = 0
+  config.log = {'every': 40, 'tensorboard': False, 'report': False}
+  return config
+
+
+def get_runs():
+  arms = [{'model.moe.router': router, 'model.moe.losses': losses} for router, losses in ARMS]
+  return [
+    arm | seed for arm in [{'model.moe.layers': 'none'}, *arms] for seed in grid({'seed': SEEDS})
+  ]
