@@ -68,23 +68,11 @@ def fixed_seeds():
   np.random.seed(0)  # noqa: NPY002
 
 
-@pytest.fixture(scope='session')
-def let_go_of_programs():
-  """Frees compiled programs before their memory maps, some tens each, reach Linux's limit of 65,530 a process."""
-  maps = pathlib.Path('/proc/self/maps')
-
-  def let_go() -> None:
-    if not maps.exists() or maps.read_bytes().count(b'\n') > 20_000:
-      jax.clear_caches()
-
-  return let_go
-
-
 @pytest.fixture(autouse=True, scope='module')
-def programs_do_not_pile_up(let_go_of_programs):
-  """Programs of one file are let go before the next one's."""
+def programs_do_not_pile_up():
+  """Programs of one file are let go before the next one's: they hold memory, and each some tens of memory maps."""
   yield
-  let_go_of_programs()
+  jax.clear_caches()
 
 
 @pytest.fixture

@@ -18,48 +18,25 @@ Deviations: those of fine_grained_paper.py, and batches of 512 sequences and a l
   not tuned.
 """
 
-from configs import common
+from configs.sweeps import fine_grained_paper
 
 GRANULARITIES = (1, 2, 4, 8, 16)
 
 
 def get_base():
-  config = common.get_config()
+  config = fine_grained_paper.get_base()
   config.steps = 4500
   config.batch_size = 512
   config.microbatches = 2  # of 256 sequences, whose logits take 13 GB
-  config.data.name = 'c4/en'
-  config.data.objective = 'causal'
-  config.data.sequence_length = 256
-  config.data.tokenizer = 'tiktoken:gpt2'
-  config.model.kind = 'decoder'
   config.model.d_model = 512
   config.model.num_layers = 4
   config.model.num_heads = 8
   config.model.d_ff = 2048
-  config.model.activation = 'relu'
-  config.model.gated = False
-  config.model.qk_norm = False
-  config.model.tie_embeddings = False
-  config.model.moe.num_experts = 64
-  config.model.moe.output_norm = True
-  config.model.moe.router = {
-    'name': 'expert_choice',
-    'capacity_factor': 1.0,
-    'group': 'position',
-    'group_size': 256,
-    'softmax_over': 'experts',
-  }
-  config.model.moe.losses = {}
-  config.optim.schedule = 'cosine'
   config.optim.learning_rate = 1e-3
   config.optim.warmup_steps = 45
-  config.optim.final_fraction = 0.1
-  config.optim.weight_decay = 0.1
-  config.optim.clip_norm = 0.5
-  config.eval.every = 500
-  config.eval.batches = 16
+  config.eval = {'every': 500, 'batches': 16}
   config.checkpoint.every = 0
+  config.log.every = 10
   return config
 
 
