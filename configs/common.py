@@ -50,6 +50,14 @@ def get_config() -> ConfigDict:
   config.model.activation = 'silu'
   config.model.gated = True
   config.model.qk_norm = True
+  config.model.qk_norm_scope = (
+    'head'  # what that norm is over: head, all (heads of a token at once)
+  )
+  config.model.attention = 'grouped'  # grouped (queries), latent (DeepSeek), whose sizes come next
+  # kv_rank and rotary_dim; q_rank 0: queries without a latent, value_dim 0: head_dim
+  config.model.latent = ConfigDict({'q_rank': 0, 'kv_rank': 0, 'rotary_dim': 0, 'value_dim': 0})
+  config.model.rope_theta = 10_000.0
+  config.model.vocab_size = 0  # rows of the embedding; 0: as the tokenizer
   config.model.tie_embeddings = True
   config.model.patch_size = 4  # vit
   config.model.dtype = (

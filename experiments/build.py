@@ -25,6 +25,7 @@ from moejax.moe.exchange import AllGather, Exchange, Local, single
 from moejax.moe.layer import MoE
 from moejax.moe.losses import check_losses
 from moejax.routers import Flags
+from moejax.scaling.ours import latent_of
 from moejax.transformer import Decoder, Encoder, ViT
 from moejax.transformer.flops import (
   forward_flops_per_image,
@@ -287,12 +288,31 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     return lambda rngs: ViT(*sizes, **shared, rngs=rngs)
   shared |= {
     'num_kv_heads': model.num_kv_heads,
+    'qk_norm_scope': model.qk_norm_scope,
+    'latent': latent_of(model),
+    'rope_theta': model.rope_theta,
     'head_dim': model.head_dim,
     'tie_embeddings': model.tie_embeddings,
     'gated': model.gated,
   }
   kind = Decoder if model.kind == 'decoder' else Encoder
-  return lambda rngs: kind(stream.vocab_size, **shared, rngs=rngs)
+  rows = vocab_size(settings, stream)
+  return lambda rngs: kind(rows, **shared, rngs=rngs)
+
+
+def vocab_size(settings: Settings, stream: Stream) -> int:
+  """Rows of the embedding: those of the tokenizer, or more where the settings say so.
+
+  Raises:
+    BadInput: fewer than the tokenizer has.
+  """
+  rows = settings.model.vocab_size
+  if rows and rows < stream.vocab_size:
+    raise BadInput(
+      f'model.vocab_size={rows} is less than the {stream.vocab_size} tokens of data.tokenizer='
+      f'{settings.data.tokenizer!r}: accepted are 0, as many as these, or more'
+    )
+  return rows or stream.vocab_size
 
 
 def _moe_maker(settings: Settings, mesh: Mesh, dtype):
@@ -342,11 +362,12 @@ def training_flops(settings: Settings, stream: Stream) -> float:
     )
     return 3 * settings.batch_size * sum(parts.values())
   parts = forward_flops_per_token(
-    vocab_size=stream.vocab_size,
+    vocab_size=vocab_size(settings, stream),
     seq_len=settings.data.sequence_length,
     num_kv_heads=model.num_kv_heads,
     head_dim=model.head_dim,
     gated=model.gated,
+    latent=latent_of(model),
     **sizes,
   )
   return 3 * settings.batch_size * settings.data.sequence_length * sum(parts.values())

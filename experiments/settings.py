@@ -68,6 +68,14 @@ class MoESettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentSettings:
+  q_rank: Annotated[int, _not_negative]
+  kv_rank: Annotated[int, _not_negative]
+  rotary_dim: Annotated[int, _not_negative]
+  value_dim: Annotated[int, _not_negative]
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSettings:
   kind: Literal['decoder', 'encoder', 'vit']
   d_model: Annotated[int, _at_least_1]
@@ -79,6 +87,11 @@ class ModelSettings:
   activation: Literal['silu', 'gelu', 'relu', 'relu2']
   gated: bool
   qk_norm: bool
+  qk_norm_scope: Literal['head', 'all']
+  attention: Literal['grouped', 'latent']
+  latent: LatentSettings
+  rope_theta: Annotated[float, _positive]
+  vocab_size: Annotated[int, _not_negative]
   tie_embeddings: bool
   patch_size: Annotated[int, _at_least_1]
   dtype: Literal['auto', 'float32', 'bfloat16']
@@ -187,6 +200,8 @@ def _check_model(model: ModelSettings) -> None:
     _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads)
   if model.num_kv_heads:
     _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
+  if model.attention == 'latent':
+    _check_latent(model)
   moe, layers = model.moe, model.moe_layers
   if moe.layers == 'none':
     return
@@ -198,6 +213,24 @@ def _check_model(model: ModelSettings) -> None:
   else:
     _divides('model.d_ff', model.d_ff, 'model.moe.granularity', moe.granularity)
   _check_router(moe)
+
+
+def _check_latent(model: ModelSettings) -> None:
+  if model.kind == 'vit':
+    raise refuse('model.attention', model.attention, "'grouped' for model.kind='vit'")
+  if model.qk_norm:
+    raise refuse(
+      'model.qk_norm', True, "False with model.attention='latent', which norms its latents"
+    )
+  if model.num_kv_heads not in (0, model.num_heads):
+    text = f"0 or model.num_heads={model.num_heads} with model.attention='latent'"
+    raise refuse('model.num_kv_heads', model.num_kv_heads, text)
+  if not model.latent.kv_rank:
+    raise refuse('model.latent.kv_rank', 0, "at least 1 with model.attention='latent'")
+  if not model.latent.rotary_dim or model.latent.rotary_dim % 2:
+    raise refuse(
+      'model.latent.rotary_dim', model.latent.rotary_dim, 'even and at least 2: pairs are turned'
+    )
 
 
 def _check_router(moe: MoESettings) -> None:

@@ -121,7 +121,10 @@ def lay_out(settings):
   if settings.data.name in EMBEDDED:
     stream = open_stream(settings, train=True)
   else:
-    stream = SimpleNamespace(**ABSENT[settings.data.name])
+    facts = dict(ABSENT[settings.data.name])
+    if settings.model.vocab_size:
+      facts['vocab_size'] = min(facts['vocab_size'], settings.model.vocab_size)
+    stream = SimpleNamespace(**facts)
   mesh = make_mesh(devices=jax.devices()[:1])
   definition = ModelDef(model_maker(settings, stream, mesh))
   params, routing = jax.eval_shape(definition.init, jax.random.key(0))

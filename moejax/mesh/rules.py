@@ -37,6 +37,9 @@ RULES: tuple[Rule, ...] = (
   (r'moe/([a-z]+/)?router/bias', ()),
   # the rest of a block: width of the model over `fsdp`
   (r'(attention/(query|key|value)|ffn/(gate|up))/weight', ('fsdp', None)),
+  # latent attention: narrow on one side, which a large axis does not divide
+  (r'attention/(query|kv)_down/weight', ('fsdp', None)),
+  (r'attention/(query|kv)_up/weight', (None, 'fsdp')),
   (r'(attention/out|ffn/down)/weight', (None, 'fsdp')),
   (r'(attention/\w+|ffn/\w+)/bias', ()),
   (r'(attention/)?\w*norm/(scale|bias)', ()),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.transformer.flops import forward_flops_per_token, moe_flops_per_token
+from moejax.transformer.latent_attention import Latent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ def model_cost(
     num_kv_heads=model.num_kv_heads,
     head_dim=model.head_dim,
     gated=model.gated,
+    latent=latent_of(model),
     num_moe_layers=len(model.moe_layers),
     moe=moe_flops_per_token(
       d_model=model.d_model,
@@ -78,3 +80,12 @@ def model_cost(
     ),
   )
   return ModelCost(layers, layers - idle, embedding, router, 3.0 * sum(flops.values()))
+
+
+def latent_of(model: Any) -> Latent | None:
+  """Sizes of the model's latent attention; None of one with grouped queries.
+
+  Args:
+    model: see `model_cost`.
+  """
+  return Latent(**vars(model.latent)) if model.attention == 'latent' else None

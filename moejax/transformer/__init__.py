@@ -10,6 +10,8 @@ from moejax.transformer.flops import count_params as count_params
 from moejax.transformer.flops import forward_flops_per_image as forward_flops_per_image
 from moejax.transformer.flops import forward_flops_per_token as forward_flops_per_token
 from moejax.transformer.flops import moe_flops_per_token as moe_flops_per_token
+from moejax.transformer.latent_attention import Latent as Latent
+from moejax.transformer.latent_attention import LatentAttention as LatentAttention
 from moejax.transformer.linear import Embed as Embed
 from moejax.transformer.linear import LayerNorm as LayerNorm
 from moejax.transformer.linear import Linear as Linear

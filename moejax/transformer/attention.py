@@ -50,12 +50,12 @@ def visibility(
 def attend(
   q: Float[Array, 'B S N H'],
   k: Float[Array, 'B S M H'],
-  v: Float[Array, 'B S M H'],
+  v: Float[Array, 'B S M H_v'],
   visible: Visible | None,
   *,
   causal: bool,
   implementation: Literal['cudnn'] | None = None,
-) -> Float[Array, 'B S N H']:
+) -> Float[Array, 'B S N H_v']:
   """Softmax attention; query head n reads key and value head n // (N / M). The softmax is float32 or wider.
 
   `implementation='cudnn'` asks for cuDNN's flash attention (NVIDIA, 16-bit inputs) and never falls back.
@@ -90,13 +90,14 @@ def softmax_attention(q, k, v, visible, *, causal):
   weights = weights.astype(v.dtype).reshape(b, m, -1, s)
   # Divided here, not S times as often: the gradient has no sum over the weights either.
   y = jnp.matmul(weights, v, preferred_element_type=wide) / total  # [B, M, N / M * S, H]
-  return y.astype(v.dtype).reshape(b, n, s, h).transpose(0, 2, 1, 3)
+  return y.astype(v.dtype).reshape(b, n, s, -1).transpose(0, 2, 1, 3)
 
 
 class Attention(nnx.Module):
   """Self-attention (Vaswani et al. 2017) with grouped key and value heads (Ainslie et al. 2023).
 
-  `qk_norm`: RMSNorm over each query and key head before rotation (Henry et al. 2020; Dehghani et al. 2023).
+  `qk_norm`: RMSNorm over each query and key head before rotation (Henry et al. 2020; Dehghani et al. 2023);
+  `qk_norm_scope='all'`: over all heads of a token at once (OLMoE, Muennighoff et al. 2024).
 
   Raises:
     ValueError: if num_kv_heads does not divide num_heads.
@@ -111,6 +112,7 @@ class Attention(nnx.Module):
     *,
     causal: bool,
     qk_norm: bool = False,
+    qk_norm_scope: Literal['head', 'all'] = 'head',
     use_bias: bool = False,
     implementation: Literal['cudnn'] | None = None,
     out_init: Init = fan_in_init,
@@ -125,8 +127,10 @@ class Attention(nnx.Module):
     self.key = Linear(d_model, num_kv_heads * head_dim, **options)
     self.value = Linear(d_model, num_kv_heads * head_dim, **options)
     self.out = Linear(num_heads * head_dim, d_model, init=out_init, **options)
-    self.query_norm = RMSNorm(head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
-    self.key_norm = RMSNorm(head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
+    self.norm_all = qk_norm_scope == 'all'
+    widths = (num_heads * head_dim, num_kv_heads * head_dim) if self.norm_all else (head_dim,) * 2
+    norms = [RMSNorm(width, dtype=dtype, rngs=rngs) if qk_norm else None for width in widths]
+    self.query_norm, self.key_norm = norms
 
   def __call__(
     self,
@@ -135,8 +139,11 @@ class Attention(nnx.Module):
     visible: Visible | None = None,
   ) -> Float[Array, 'B S D']:
     """Output `[B, S, D]`. `rotation` is of rotary.rotation (None: no positions), `visible` of visibility."""
-    q, k, v = (self._heads(f(x)) for f in (self.query, self.key, self.value))
-    if self.query_norm is not None:
+    q, k, v = self.query(x), self.key(x), self.value(x)
+    if self.norm_all and self.query_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    q, k, v = self._heads(q), self._heads(k), self._heads(v)
+    if not self.norm_all and self.query_norm is not None:
       q, k = self.query_norm(q), self.key_norm(k)
     if rotation is not None:
       q, k = rotate(q, *rotation), rotate(k, *rotation)

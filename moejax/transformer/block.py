@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.arrays import Context, RoutingStats
-from moejax.transformer.attention import Attention, Visible
+from moejax.transformer.attention import Visible
 from moejax.transformer.ffn import FFN
 from moejax.transformer.linear import RMSNorm
 
@@ -19,7 +19,8 @@ class Block(nnx.Module):
   """`x + attention(norm(x))`, then `x + f(norm(x))`, where f is either `ffn` or `moe`.
 
   Dense layers stay under the name `ffn` and mixtures under `moe`, so that a parameter's path says which
-  it is. An output norm of the mixture belongs to the mixture.
+  it is. An output norm of the mixture belongs to the mixture. Attention is called as
+  `Attention` is.
 
   Raises:
     ValueError: unless exactly one of ffn and moe is given.
@@ -29,7 +30,7 @@ class Block(nnx.Module):
     self,
     d_model: int,
     *,
-    attention: Attention,
+    attention: nnx.Module,
     ffn: FFN | None = None,
     moe: nnx.Module | None = None,
     norm: Callable[..., nnx.Module] = RMSNorm,

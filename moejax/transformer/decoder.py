@@ -14,6 +14,7 @@ from moejax.arrays import Context, RoutingStats
 from moejax.transformer.attention import Attention, Visible, visibility
 from moejax.transformer.block import Block
 from moejax.transformer.ffn import FFN
+from moejax.transformer.latent_attention import Latent, LatentAttention
 from moejax.transformer.linear import Embed, Linear, RMSNorm, residual_init
 from moejax.transformer.rotary import rotation
 from moejax.transformer.stack import Stack
@@ -26,7 +27,9 @@ class Decoder(nnx.Module):
     d_ff: hidden width of the dense feed-forward layers.
     num_kv_heads: key and value heads; None for num_heads.
     head_dim: None for d_model / num_heads.
-    qk_norm: RMSNorm over each query and key head.
+    qk_norm: RMSNorm over each query and key head, or with qk_norm_scope='all' over all of them at once.
+    latent: sizes of latent attention, in place of grouped queries; None for these.
+    rope_theta: base of the rotary frequencies.
     tie_embeddings: the output layer is the transposed embedding table.
     moe: makes one mixture, `y, aux = layer(x, context)`; the layers named in `moe_layers` hold one each.
     causal: False lets every position attend to every other (Encoder).
@@ -39,7 +42,8 @@ class Decoder(nnx.Module):
   stream 1 / sqrt(2 * num_layers) of it, embeddings normal(0.02) (Radford et al. 2019, section 2.3).
 
   Raises:
-    ValueError: for sizes that do not divide, and for moe_layers without moe or out of range.
+    ValueError: for sizes that do not divide, options that latent attention does not have, and for moe_layers
+      without moe or out of range.
   """
 
   def __init__(
@@ -53,6 +57,9 @@ class Decoder(nnx.Module):
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     qk_norm: bool = False,
+    qk_norm_scope: Literal['head', 'all'] = 'head',
+    latent: Latent | None = None,
+    rope_theta: float = 10000.0,
     tie_embeddings: bool = True,
     activation: str = 'silu',
     gated: bool = True,
@@ -66,15 +73,32 @@ class Decoder(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.causal = causal
-    self.head_dim = head_width(d_model, num_heads, head_dim)
+    head_dim = head_width(d_model, num_heads, head_dim)
+    self.rotary_dim, self.rope_theta = latent.rotary_dim if latent else head_dim, rope_theta
     out_init = residual_init(num_layers)
+    if latent and (num_kv_heads not in (None, num_heads) or qk_norm or attention):
+      raise ValueError(
+        f'latent attention with num_kv_heads={num_kv_heads}, qk_norm={qk_norm}, attention={attention!r}: '
+        'accepted are None, False and None'
+      )
 
     def make_block(kind, rngs):
       options = dict(out_init=out_init, dtype=dtype, rngs=rngs)
-      sizes = (d_model, num_heads, num_kv_heads or num_heads, self.head_dim)
-      attention_layer = Attention(
-        *sizes, causal=causal, qk_norm=qk_norm, implementation=attention, **options
-      )
+      attention_layer: nnx.Module
+      if latent:
+        attention_layer = LatentAttention(
+          d_model, num_heads, head_dim, latent, causal=causal, **options
+        )
+      else:
+        sizes = (d_model, num_heads, num_kv_heads or num_heads, head_dim)
+        attention_layer = Attention(
+          *sizes,
+          causal=causal,
+          qk_norm=qk_norm,
+          qk_norm_scope=qk_norm_scope,
+          implementation=attention,
+          **options,
+        )
       if kind == 'moe':
         return Block(d_model, attention=attention_layer, moe=moe(rngs), dtype=dtype, rngs=rngs)
       ffn = FFN(d_model, d_ff, activation=activation, gated=gated, **options)
@@ -138,7 +162,8 @@ class Decoder(nnx.Module):
   ) -> tuple[Float[Array, 'B S D'], Context, tuple[jax.Array, jax.Array], Visible | None]:
     """What the first block is called with; arguments as of a call."""
     counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]  # [1, S] serves every sequence
-    turn = rotation(counted if positions is None else positions, self.head_dim)
+    places = counted if positions is None else positions
+    turn = rotation(places, self.rotary_dim, theta=self.rope_theta)
     context = Context(
       mask=mask,
       token_ids=tokens,

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from moejax.transformer.latent_attention import Latent
+
 Flops = dict[str, int | float]
 
 
@@ -26,24 +28,39 @@ def forward_flops_per_token(
   num_kv_heads: int | None = None,
   head_dim: int | None = None,
   gated: bool = True,
+  latent: Latent | None = None,
   num_moe_layers: int = 0,
   moe: Flops | None = None,
 ) -> Flops:
   """FLOPs of one token's forward pass through Decoder or Encoder, by part; their sum is the total.
 
   Args:
+    latent: sizes of latent attention; num_kv_heads is then without meaning.
     moe: FLOPs of one token in one mixture, by part, as of `moe_flops_per_token`.
   """
   head_dim = head_dim or d_model // num_heads
   num_kv_heads = num_kv_heads or num_heads
-  projections = 2 * d_model * head_dim * (2 * num_heads + 2 * num_kv_heads)
+  weights, score_widths = d_model * head_dim * 2 * (num_heads + num_kv_heads), 2 * head_dim
+  if latent:
+    weights = latent_weights(d_model, num_heads, head_dim, latent)
+    score_widths = head_dim + latent.rotary_dim + (latent.value_dim or head_dim)
   flops = {
-    'attention_projections': num_layers * projections,
-    'attention_scores': num_layers * 2 * 2 * seq_len * num_heads * head_dim,
+    'attention_projections': num_layers * 2 * weights,
+    'attention_scores': num_layers * 2 * seq_len * num_heads * score_widths,
     'ffn': (num_layers - num_moe_layers) * (3 if gated else 2) * 2 * d_model * d_ff,
     'head': 2 * d_model * vocab_size,
   }
   return {**flops, **{part: num_moe_layers * count for part, count in (moe or {}).items()}}
+
+
+def latent_weights(d_model: int, num_heads: int, head_dim: int, latent: Latent) -> int:
+  """Elements of the matrices of one LatentAttention."""
+  value_dim = latent.value_dim or head_dim
+  queries = num_heads * (head_dim + latent.rotary_dim)
+  query = latent.q_rank * (d_model + queries) if latent.q_rank else d_model * queries
+  keys_and_values = d_model * (latent.kv_rank + latent.rotary_dim)
+  keys_and_values += latent.kv_rank * num_heads * (head_dim + value_dim)
+  return query + keys_and_values + num_heads * value_dim * d_model
 
 
 def moe_flops_per_token(

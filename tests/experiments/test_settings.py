@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 
 import pytest
@@ -133,6 +134,12 @@ def test_an_int_is_accepted_for_a_float_and_becomes_one():
       3,
       'model.num_heads=4 is not accepted: it must be a multiple of model.num_kv_heads=3',
     ),
+    (
+      'model.attention',
+      'latent',
+      "model.qk_norm=True is not accepted: it must be False with model.attention='latent', which norms its latents",
+    ),
+    ('model.rope_theta', 0.0, 'model.rope_theta=0.0 is not accepted: it must be more than 0'),
     ('microbatches', 5, 'batch_size=32 is not accepted: it must be a multiple of microbatches=5'),
     ('microbatches', 0, 'microbatches=0 is not accepted: it must be at least 1'),
     (
@@ -237,3 +244,24 @@ def test_a_dense_model_is_not_asked_for_sensible_experts():
 )
 def test_moe_layers_of_five(pattern, layers):
   assert moe_layers(pattern, 5) == layers
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({}, 'model.latent.kv_rank=0 is not accepted: it must be at least 1'),
+    ({'latent.kv_rank': 8}, 'model.latent.rotary_dim=0 is not accepted: it must be even'),
+    ({'latent.kv_rank': 8, 'latent.rotary_dim': 3}, 'model.latent.rotary_dim=3 is not accepted'),
+    (
+      {'num_kv_heads': 2},
+      'model.num_kv_heads=2 is not accepted: it must be 0 or model.num_heads=4',
+    ),
+    ({'kind': 'vit'}, "model.attention='latent' is not accepted: it must be 'grouped'"),
+  ],
+)
+def test_latent_attention_needs_its_sizes(change, message):
+  config = common.get_config()
+  config.model.attention, config.model.qk_norm = 'latent', False
+  config.update_from_flattened_dict({f'model.{key}': value for key, value in change.items()})
+  with pytest.raises(BadInput, match=re.escape(message)):
+    Settings.from_config(config)

@@ -1,0 +1,142 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax.transformer import (
+  Decoder,
+  Latent,
+  LatentAttention,
+  count_params,
+  forward_flops_per_token,
+  rotation,
+  visibility,
+)
+
+D, N, H = 16, 3, 4
+LATENT = Latent(q_rank=6, kv_rank=5, rotary_dim=2, value_dim=3)
+
+
+def layer(latent=LATENT, causal=True):
+  return LatentAttention(D, N, H, latent, causal=causal, rngs=nnx.Rngs(0))
+
+
+def norm(x):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+
+def turned(x, position, theta=10000.0):
+  """One vector, its pairs (i, i + half) turned as complex numbers."""
+  half = x.size // 2
+  pairs = x[:half] + 1j * x[half:]
+  pairs = pairs * np.exp(1j * position * theta ** (-np.arange(half) / half))
+  return np.concatenate([pairs.real, pairs.imag])
+
+
+def by_loops(model, x, latent, segments):
+  """The equations of the module's docstring, token by token and head by head, in float64."""
+  w = {
+    name: np.asarray(getattr(model, name).weight[...], np.float64)
+    for name in ('query_down', 'query_up', 'kv_down', 'kv_up', 'out')
+    if getattr(model, name) is not None
+  }
+  B, S, _ = x.shape
+  Hr, Hv = latent.rotary_dim, latent.value_dim or H
+  y = np.zeros((B, S, D))
+  for b in range(B):
+    queries, keys, values = [], [], []
+    for s in range(S):
+      c_q = norm(x[b, s] @ w['query_down']) if 'query_down' in w else x[b, s]
+      own = w['kv_down'].T @ x[b, s]
+      c_kv, shared = norm(own[: latent.kv_rank]), turned(own[latent.kv_rank :], s)
+      q = (c_q @ w['query_up']).reshape(N, H + Hr)
+      kv = (c_kv @ w['kv_up']).reshape(N, H + Hv)
+      queries.append([np.concatenate([q[n, :H], turned(q[n, H:], s)]) for n in range(N)])
+      keys.append([np.concatenate([kv[n, :H], shared]) for n in range(N)])
+      values.append(kv[:, H:])
+    for s in range(S):
+      seen = [t for t in range(s + 1) if segments[b, t] == segments[b, s]]
+      heads = []
+      for n in range(N):
+        scores = np.array([queries[s][n] @ keys[t][n] for t in seen]) / np.sqrt(H + Hr)
+        weights = np.exp(scores - scores.max())
+        heads.append(
+          sum(p * values[t][n] for p, t in zip(weights / weights.sum(), seen, strict=True))
+        )
+      y[b, s] = np.concatenate(heads) @ w['out']
+  return y
+
+
+@pytest.mark.parametrize(
+  'latent', [LATENT, Latent(q_rank=0, kv_rank=5, rotary_dim=4)], ids=['narrow', 'full queries']
+)
+def test_latent_attention_equals_its_equations_token_by_token(latent, rng):
+  model = layer(latent)
+  x = rng.normal(size=(2, 7, D))
+  segments = np.array([[1, 1, 1, 2, 2, 2, 2], [1] * 7], np.int32)
+  turn = rotation(jnp.arange(7, dtype=jnp.int32)[None, :], latent.rotary_dim)
+  visible = visibility(jnp.asarray(segments), None, causal=True)
+  y = model(jnp.asarray(x, jnp.float32), turn, visible)
+  np.testing.assert_allclose(y, by_loops(model, x, latent, segments), atol=2e-6)
+
+
+def test_a_decoder_with_latent_attention_is_prefix_safe_and_the_same_under_jit(rng):
+  latent = Latent(q_rank=6, kv_rank=4, rotary_dim=2)
+  model = Decoder(20, D, 2, 2, 24, latent=latent, rngs=nnx.Rngs(0))
+  tokens = jnp.asarray(rng.integers(0, 20, size=(2, 6)), jnp.int32)
+  graph, state = nnx.split(model)
+  run = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens)[0])
+  eager = model(tokens)[0]
+  np.testing.assert_allclose(run(state, tokens), eager, atol=1e-5)
+  after = run(state, tokens.at[:, 4].set((tokens[:, 4] + 1) % 20))
+  np.testing.assert_allclose(after[:, :4], eager[:, :4], atol=1e-5)
+  assert np.abs(after - eager)[:, 4:].max(axis=-1).min() > 1e-5
+
+
+def test_latent_attention_sees_differences_of_positions_only(rng):
+  x = jnp.asarray(rng.normal(size=(1, 5, D)), jnp.float32)
+  at = lambda first, step=1: layer()(
+    x, rotation((first + step * jnp.arange(5, dtype=jnp.int32))[None, :], 2)
+  )
+  np.testing.assert_allclose(at(0), at(1000), atol=1e-4)
+  assert np.abs(at(0) - at(0, 3)).max() > 1e-4
+
+
+def test_the_base_of_the_rotation_reaches_the_model(rng):
+  tokens = jnp.asarray(rng.integers(0, 20, size=(1, 6)), jnp.int32)
+  make = lambda theta: Decoder(20, D, 1, 2, 24, rope_theta=theta, rngs=nnx.Rngs(0))(tokens)[0]
+  assert np.abs(make(10000.0) - make(100.0)).max() > 1e-4
+
+
+@pytest.mark.parametrize('q_rank', [0, 6])
+def test_flops_of_latent_projections_are_two_for_each_of_their_parameters(q_rank):
+  latent = Latent(q_rank=q_rank, kv_rank=5, rotary_dim=2, value_dim=3)
+  sizes = dict(vocab_size=10, d_model=D, num_layers=1, num_heads=N, d_ff=8)
+  make = lambda: Decoder(**sizes, head_dim=H, latent=latent, rngs=nnx.Rngs(0))
+  params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+  norms = 5 + q_rank
+  flops = forward_flops_per_token(**sizes, head_dim=H, latent=latent, seq_len=7)
+  assert flops['attention_projections'] == 2 * (count_params(params)['attention'] - norms)
+  assert flops['attention_scores'] == 2 * 7 * N * ((H + 2) + 3)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    (dict(q_rank=-1, kv_rank=4, rotary_dim=2), 'q_rank=-1'),
+    (dict(q_rank=0, kv_rank=0, rotary_dim=2), 'kv_rank=0'),
+    (dict(q_rank=0, kv_rank=4, rotary_dim=3), 'rotary_dim=3'),
+  ],
+)
+def test_sizes_that_make_no_latent_attention_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    Latent(**sizes)
+
+
+@pytest.mark.parametrize(
+  'options', [{'qk_norm': True}, {'num_kv_heads': 1}, {'attention': 'cudnn'}]
+)
+def test_options_that_latent_attention_does_not_have_are_refused(options):
+  with pytest.raises(ValueError, match='latent attention with'):
+    Decoder(20, D, 1, 2, 24, latent=Latent(0, 4, 2), **options, rngs=nnx.Rngs(0))
