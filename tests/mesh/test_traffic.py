@@ -1,0 +1,110 @@
+"""Bytes between devices: counted in compiled programs, and against what the shapes say."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.mesh.traffic import axes_of, collective_bytes, collectives
+
+ROWS, WIDTH = 64, 4
+BYTES = ROWS * WIDTH * 4 // 8  # of a device's part, in float32
+
+
+def compiled(mesh, body, *, after=lambda y: y):
+  """`body` of each device's rows, and `after` of the global result."""
+  rows = P(mesh.axis_names)
+  run = jax.shard_map(body, mesh=mesh, in_specs=rows, out_specs=rows)
+  x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, rows))
+  return jax.jit(lambda x: after(run(x))).lower(x).compile()
+
+
+def gather_and_scatter(x, axis):
+  return jax.lax.psum_scatter(jax.lax.all_gather(x, axis, tiled=True), axis, tiled=True)
+
+
+def test_what_a_device_sends_is_what_the_shapes_say(make_mesh):
+  mesh = make_mesh(data=2, expert=4)
+
+  def body(x):
+    x = gather_and_scatter(x, 'expert')
+    x = jax.lax.all_to_all(x, 'expert', 0, 0, tiled=True)
+    return jax.lax.ppermute(x, 'data', [(0, 1), (1, 0)]) + jax.lax.psum(x, 'data')
+
+  want = {
+    ('all-gather', ('expert',)): 3 * BYTES,
+    ('reduce-scatter', ('expert',)): 3 * BYTES,
+    ('all-to-all', ('expert',)): 0.75 * BYTES,
+    ('collective-permute', ('data',)): BYTES,
+    ('all-reduce', ('data',)): BYTES,
+  }
+  program = compiled(mesh, body)
+  assert collective_bytes(program, mesh) == want
+  assert sum(one.sent for one in collectives(program, 8)) == sum(want.values())
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_a_branch_is_told(make_mesh):
+  mesh = make_mesh(expert=8)
+  send = functools.partial(
+    jax.lax.all_to_all, axis_name='expert', split_axis=0, concat_axis=0, tiled=True
+  )
+
+  def body(x):
+    x = jax.lax.scan(lambda x, _: (send(x) * 2, None), x, None, length=5)[0]
+    return jax.lax.cond(
+      jax.lax.psum(x.sum(), 'expert') > 0, lambda x: gather_and_scatter(x, 'expert'), lambda x: x, x
+    )
+
+  found = collectives(compiled(mesh, body), 8)
+  runs = {one.kind: (one.times, one.conditional) for one in found}
+  assert runs['all-to-all'] == (5, False)
+  assert runs['all-gather'] == runs['reduce-scatter'] == (1, True)
+  assert runs['all-reduce'] == (1, False)
+
+
+@pytest.mark.parametrize(
+  ('text', 'axes', 'size'),
+  [
+    ('{{0,1},{2,3},{4,5},{6,7}}', ('expert',), 2),
+    ('[4,2]<=[8]', ('expert',), 2),
+    ('[2,4]<=[2,2,2]T(1,0,2)', ('data', 'expert'), 4),
+    ("mesh['a'=4,'b'=2] {'a'}", ('data', 'fsdp'), 4),
+    ("mesh['a'=8] {'a':(1)2}", ('data',), 2),
+    ("mesh['a'=8] {'a':(2)2}", ('fsdp',), 2),
+    ("mesh['a'=8] {'a':(2)4}", ('fsdp', 'expert'), 4),
+    ('{}', ('data', 'fsdp', 'expert'), 8),
+  ],
+)
+def test_every_spelling_of_groups_is_understood(text, axes, size, make_mesh):
+  """The same line with other groups, on a mesh of 2 x 2 x 2."""
+  line = f'  %y = f32[16]{{0}} all-reduce(%x), channel_id=1, replica_groups={text}, to_apply=%add'
+  module = 'HloModule m\n\nENTRY %main (x: f32[16]) -> f32[16] {\n  %x = f32[16]{0} parameter(0)\n'
+  (one,) = collectives(f'{module}{line}\n}}\n', 8)
+  assert axes_of(one, make_mesh(data=2, fsdp=2, expert=2)) == axes
+  assert one.sent == 2 * 64 * (size - 1) / size
+  assert sorted(place for group in one.groups for place in group) == list(range(8))
+
+
+def test_asynchronous_operations_count_once(make_mesh):
+  """As on accelerators: a start and a done, and a gather wrapped in a computation of its own."""
+  module = """HloModule m
+
+%wrapped (p: bf16[8,128]) -> bf16[64,128] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g.1 = bf16[64,128]{1,0} all-gather(%p), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: bf16[8,128]) -> bf16[64,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %s = (bf16[8,128]{1,0:T(8,128)}, bf16[64,128]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[1,8]<=[8]
+  %d = bf16[64,128]{1,0} all-gather-done(%s)
+  %a = ((bf16[8,128]{1,0}), bf16[64,128]{1,0}, u32[]) async-start(%x), calls=%wrapped
+  ROOT %b = bf16[64,128]{1,0} async-done(%a), calls=%wrapped
+}
+"""
+  found = collectives(module, 8)
+  assert [(one.kind, one.operand) for one in found] == [('all-gather', 8 * 128 * 2)] * 2
+  assert sum(one.sent for one in found) == 2 * 7 * 8 * 128 * 2
