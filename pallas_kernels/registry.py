@@ -1,7 +1,12 @@
-"""How an operation finds its body: by name, or by the platform that is lowered for."""
+"""How an operation finds its body: by name, or by the platform that is lowered for.
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+A body is a module of the operation's package, `cpu.py` say, with `forward` and `backward`. It is imported when it
+is first wanted, so that nobody loads a compiler of a platform that he does not use.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +18,6 @@ DEFAULT = 'blocks'
 
 class Unsupported(NotImplementedError):
   """This implementation cannot do what is asked; raised while tracing, before anything runs."""
-
-
-class Body(NamedTuple):
-  """One implementation of an operation; all bodies of an operation save the same residuals."""
-
-  forward: Callable
-  backward: Callable
 
 
 def check_name(operation: str, implementation: str | None, names) -> None:
@@ -50,12 +48,21 @@ def check_dtypes(operation: str, **arrays) -> None:
       )
 
 
-def run(functions: Mapping[str, Callable], implementation: str | None, *args):
-  """Calls the function of that name; for None, the one for the platform that is lowered for."""
+def run(operation: str, part: str, implementation: str | None, *args, **options):
+  """Calls `part` ('forward', 'backward') of one body of the package `operation`.
+
+  It is the body of that name; for None, the one for the platform that is lowered for, and then all bodies return
+  the same types (residuals too).
+  """
+  body = lambda name: functools.partial(_function(operation, name, part), **options)
   if implementation is not None:
-    return functions[implementation](*args)
-  chosen = {platform: functions[name] for platform, name in BY_PLATFORM.items()}
-  return jax.lax.platform_dependent(*args, default=functions[DEFAULT], **chosen)
+    return body(implementation)(*args)
+  chosen = {platform: body(name) for platform, name in BY_PLATFORM.items()}
+  return jax.lax.platform_dependent(*args, default=body(DEFAULT), **chosen)
+
+
+def _function(operation: str, name: str, part: str) -> Callable:
+  return getattr(importlib.import_module(f'{operation}.{name}'), part)
 
 
 def accumulator(*arrays: jax.Array) -> jnp.dtype:

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 
 from .. import compat, packed, registry
 from ..activations import check_activation
-from . import blocks, cpu
 from .reference import expert_ffn as _reference
 
 NAMES = ('blocks', 'cpu', 'reference')
@@ -86,23 +85,18 @@ def _expert_ffn(static, x, token, expert, weight, w_gate, w_up, w_down):
 def _forward(static, save, x, token, expert, weight, w_gate, w_up, w_down):
   plan = packed.sort_rows(expert, w_up.shape[0])
   into = (w_up,) if w_gate is None else (w_gate, w_up)
-  options = dict(activation=static.activation, save=save)
-  functions = {
-    'cpu': functools.partial(cpu.forward, **options),
-    'blocks': functools.partial(blocks.forward, groups=static.groups, **options),
-  }
+  options = dict(activation=static.activation, groups=static.groups, save=save)
   rows = (token, weight, plan)
-  y, pre = registry.run(functions, static.implementation, x, *rows, into, w_down)
+  args = (x, *rows, into, w_down)
+  y, pre = registry.run(__name__, 'forward', static.implementation, *args, **options)
   return y, (x, *rows, into, w_down, pre)
 
 
 def _backward(static, residuals, dy):
-  options = dict(activation=static.activation)
-  functions = {
-    'cpu': functools.partial(cpu.backward, **options),
-    'blocks': functools.partial(blocks.backward, groups=static.groups, **options),
-  }
-  dx, dweight, dinto, ddown = registry.run(functions, static.implementation, *residuals, dy)
+  options = dict(activation=static.activation, groups=static.groups)
+  args = (*residuals, dy)
+  found = registry.run(__name__, 'backward', static.implementation, *args, **options)
+  dx, dweight, dinto, ddown = found
   dgate = dinto[0] if len(dinto) == 2 else None
   return dx, None, None, dweight, dgate, dinto[-1], ddown
 

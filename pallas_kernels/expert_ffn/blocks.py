@@ -15,7 +15,7 @@ from ..packed import iota, overrun, take
 from ..registry import accumulator
 
 
-def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, save, groups):
+def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save):
   """Same values as cpu.forward, same residual."""
   acc = accumulator(x_td, w_down)
   num_rows, num_experts = token_r.shape[0], w_down.shape[0]

@@ -28,8 +28,11 @@ from ..packed import (
 from ..registry import accumulator
 
 
-def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, save):
-  """(`y [T, D]`, pre-activations `[1 or 2, R + overrun, F]` in packed order, or None unless `save`)."""
+def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save):
+  """(`y [T, D]`, pre-activations `[1 or 2, R + overrun, F]` in packed order, or None unless `save`).
+
+  Rows are added in packed order whatever `groups` promises of theirs.
+  """
   acc = accumulator(x_td, w_down)
   num_rows, num_experts = token_r.shape[0], w_down.shape[0]
   token_r, weight_r = take(token_r, plan.order), take(weight_r, plan.order).astype(acc)
@@ -63,7 +66,7 @@ def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, save):
   return y_td.astype(x_td.dtype), pre
 
 
-def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activation):
+def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activation, groups):
   """Gradients of `x`, `weight`, `into` and `w_down`; the activation is computed again from `pre`.
 
   The gradient of a row's weight is <dy, y_row> = <dy w_down^T, a_row>: y_row is not needed (SonicMoE,

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from .. import compat, registry
-from . import blocks, cpu
 from .reference import grouped_matmul as _reference
 
 NAMES = ('blocks', 'cpu', 'reference')
@@ -51,11 +50,8 @@ def grouped_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _grouped_matmul(transpose_rhs, implementation, lhs, rhs, starts):
-  functions = {
-    'cpu': functools.partial(cpu.forward, transpose_rhs=transpose_rhs),
-    'blocks': functools.partial(blocks.forward, transpose_rhs=transpose_rhs),
-  }
-  return registry.run(functions, implementation, lhs, rhs, starts)
+  options = dict(transpose_rhs=transpose_rhs)
+  return registry.run(__name__, 'forward', implementation, lhs, rhs, starts, **options)
 
 
 def _forward(transpose_rhs, implementation, *args):
@@ -63,11 +59,8 @@ def _forward(transpose_rhs, implementation, *args):
 
 
 def _backward(transpose_rhs, implementation, residuals, dout):
-  functions = {
-    'cpu': functools.partial(cpu.backward, transpose_rhs=transpose_rhs),
-    'blocks': functools.partial(blocks.backward, transpose_rhs=transpose_rhs),
-  }
-  dlhs, drhs = registry.run(functions, implementation, *residuals, dout)
+  options = dict(transpose_rhs=transpose_rhs)
+  dlhs, drhs = registry.run(__name__, 'backward', implementation, *residuals, dout, **options)
   return dlhs, drhs, None
 
 
