@@ -10,3 +10,6 @@ from .activations import hidden as hidden
 from .expert_ffn import expert_ffn as expert_ffn
 from .grouped_matmul import grouped_matmul as grouped_matmul
 from .registry import Unsupported as Unsupported
+from .routing import lay_out as lay_out
+from .routing import pack as pack
+from .routing import top_k as top_k

@@ -27,6 +27,11 @@ def zeros_like_varying(shape, dtype, like: jax.Array) -> jax.Array:
   return _vary(jnp.zeros(shape, dtype), varying_axes(like))
 
 
+def struct_like(shape, dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
+  """The type of a result of a Pallas call, which varies over the axes of `like`."""
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
 def _vary(x, axes):
   missing = () if x is None else tuple(sorted(axes - varying_axes(x)))
   return jax.lax.pcast(x, missing, to='varying') if missing else x

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import registry
+
 Array = jax.Array
 
 WIDEST, NARROWEST = 512, 16
@@ -24,37 +26,19 @@ class Plan(NamedTuple):
 
   Attributes:
     order: int32 `[R]`, row at each packed position; dropped rows are last.
+    position: int32 `[R]`, packed position of each row.
     starts: int32 `[E + 1]`, first packed position of each expert, then the number of kept rows.
   """
 
   order: Array
+  position: Array
   starts: Array
 
 
 def sort_rows(expert_r: Array, num_experts: int) -> Plan:
-  """Sorts rows by expert, stably; an expert of `num_experts` or above means dropped.
-
-  One sort of `expert * R + row` takes a third of the time of a stable argsort on a CPU.
-  """
-  expert_r = jnp.minimum(expert_r, num_experts)
-  fits = (num_experts + 1) * expert_r.shape[0] < 2**31
-  return (_sort_joint_keys if fits else _sort_stably)(expert_r, num_experts)
-
-
-def _sort_stably(expert_r: Array, num_experts: int) -> Plan:
-  order = jnp.argsort(expert_r, stable=True).astype(jnp.int32)
-  return Plan(order, _first_at_least(take(expert_r, order), iota(num_experts + 1)))
-
-
-def _sort_joint_keys(expert_r: Array, num_experts: int) -> Plan:
-  num_rows = expert_r.shape[0]
-  key_r = jnp.sort(expert_r * num_rows + iota(num_rows))
-  first_e = iota(num_experts + 1) * num_rows
-  return Plan(key_r % num_rows, _first_at_least(key_r, first_e))
-
-
-def _first_at_least(sorted_r: Array, values: Array) -> Array:
-  return jnp.searchsorted(sorted_r, values).astype(jnp.int32)
+  """Sorts rows by expert, stably; an expert of `num_experts` or above means dropped (see routing.pack)."""
+  args = dict(num_experts=num_experts)
+  return Plan(*registry.run('pallas_kernels.routing', 'pack', None, expert_r, **args))
 
 
 def block_widths(num_rows: int, num_experts: int) -> tuple[int, ...]:

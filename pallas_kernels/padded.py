@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .packed import Plan, iota, take
+from .packed import iota, take
 
 Array = jax.Array
 
@@ -84,9 +84,3 @@ def matmul(a: Array, b: Array, contract: tuple[int, int], out_type) -> Array:
 def sum_by_expert(values: Array, blocks: Blocks, num_experts: int) -> Array:
   """`[E, ...]`: the sum of each expert's blocks; unused blocks must hold zeros."""
   return jax.ops.segment_sum(values, blocks.expert, num_experts, indices_are_sorted=True)
-
-
-def inverse(plan: Plan) -> Array:
-  """The packed position of each row."""
-  position_r = iota(plan.order.shape[0])
-  return jnp.zeros_like(plan.order).at[plan.order].set(position_r, unique_indices=True)

@@ -55,7 +55,7 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
   dx_td = _combine(dx, token_r, plan, blocks, x_td.shape[0], groups).astype(x_td.dtype)
   dweight_r = padded.from_blocks(jnp.sum(a * da, axis=2), blocks)
   dweight_r = jnp.where(iota(num_rows) < plan.starts[-1], dweight_r, 0)
-  dweight_r = take(dweight_r, padded.inverse(plan)).astype(weight_r.dtype)
+  dweight_r = take(dweight_r, plan.position).astype(weight_r.dtype)
 
   total = lambda a, b: padded.sum_by_expert(padded.matmul(a, b, (1, 1), acc), blocks, num_experts)
   dinto = tuple(total(x, narrow(d)).astype(w.dtype) for d, w in zip(dpre, into, strict=True))
@@ -77,6 +77,6 @@ def _combine(y, token_r, plan, blocks, num_tokens, groups):
   kept = iota(token_r.shape[0]) < plan.starts[-1]
   y_rd = jnp.where(kept[:, None], padded.from_blocks(y, blocks), 0)
   if groups == num_tokens:  # token-major rows: a gather, whose sum has a fixed order everywhere
-    y_rd = take(y_rd, padded.inverse(plan))
+    y_rd = take(y_rd, plan.position)
     return y_rd.reshape(num_tokens, -1, y_rd.shape[1]).sum(axis=1)  # [T, K, D] -> [T, D]
   return jnp.zeros((num_tokens, y_rd.shape[1]), y_rd.dtype).at[take(token_r, plan.order)].add(y_rd)

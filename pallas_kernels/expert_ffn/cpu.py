@@ -110,5 +110,4 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
   (dx_td, dweight_r), (dinto, ddown) = jax.lax.scan(visit_expert, carry, scanned)
   kept = iota(num_rows) < plan.starts[-1]
   dweight_r = jnp.where(kept, dweight_r[:num_rows], 0).astype(weight_r.dtype)
-  dweight_r = jnp.zeros_like(dweight_r).at[plan.order].set(dweight_r, unique_indices=True)
-  return dx_td.astype(x_td.dtype), dweight_r, dinto, ddown
+  return dx_td.astype(x_td.dtype), take(dweight_r, plan.position), dinto, ddown

@@ -1,0 +1,18 @@
+"""Runs TPU bodies on a CPU: each memory access is checked, and fresh memory holds NaN."""
+
+import contextlib
+
+
+def interpreted(implementation):
+  """A context in which `implementation` runs here: the TPU's interpreter for 'tpu', else nothing.
+
+  Reads out of bounds raise, copies happen when they are waited for, and races between them are looked for.
+  """
+  if implementation != 'tpu':
+    return contextlib.nullcontext()
+  from jax.experimental.pallas import tpu as pltpu
+
+  params = pltpu.InterpretParams(
+    detect_races=True, dma_execution_mode='on_wait', uninitialized_memory='nan'
+  )
+  return pltpu.force_tpu_interpret_mode(params)
