@@ -10,32 +10,16 @@ from experiments import compare
 from experiments.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = """
-from configs import common
-from configs.sweeps import grid
-
-def get_base():
-  config = common.get_config()
-  config.update({'batch_size': 8, 'steps': 2})
-  config.data.sequence_length = 16
-  config.model.update({'d_model': 8, 'num_layers': 1, 'num_heads': 2, 'd_ff': 16})
-  config.eval.update({'every': 0, 'batches': 1})
-  config.checkpoint.every = 0
-  config.log.update({'tensorboard': False, 'report': False, 'every': 1})
-  return config
-
-def get_runs():
-  routers = ({'name': 'top_k', 'k': 1}, {'name': 'switch'})
-  return grid({'model.moe.router': routers, 'seed': (0, 1, 2)})
-"""
+RUNS = """grid(
+    {'model.moe.router': ({'name': 'top_k', 'k': 1}, {'name': 'switch'}), 'seed': (0, 1, 2)}
+  )"""
 
 
 def test_a_comparison_trains_every_router_and_writes_one_table_and_one_figure(
-  tmp_path, monkeypatch, capsys
+  tmp_path, monkeypatch, capsys, make_sweep
 ):
   monkeypatch.chdir(ROOT)
-  file = tmp_path / 'pair.py'
-  file.write_text(FILE)
+  file = make_sweep(RUNS)
   arguments = [f'--config={file}', f'--workdir={tmp_path / "runs"}', f'--out={tmp_path / "out"}']
   compare.main(['compare.py', *arguments, '--workers=1'])
   with (tmp_path / 'out' / 'comparison.csv').open() as stream:

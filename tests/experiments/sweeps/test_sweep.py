@@ -13,25 +13,10 @@ from experiments.sweeps import local, plan, record, remote, worker
 from experiments.sweeps.screen import Screen
 
 ROOT = Path(__file__).resolve().parents[3]
-FILE = """
-from configs import common
-
-def get_base():
-  config = common.get_config()
-  config.update({'batch_size': 8, 'steps': 3})
-  config.data.sequence_length = 16
-  config.model.update({'d_model': 8, 'num_layers': 1, 'num_heads': 2, 'd_ff': 16})
-  config.eval.update({'every': 0, 'batches': 1})
-  config.checkpoint.every = 0
-  config.log.update({'tensorboard': False, 'report': False, 'every': 1})
-  return config
-
-def get_runs():
-  return [
+RUNS = """[
     {'model.moe.granularity': granularity, 'seed': seed}
     for granularity, seed in ((1, 0), (2, 0), (1, 1))
-  ]
-"""
+  ]"""
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +25,8 @@ def from_the_root(monkeypatch):
 
 
 @pytest.fixture
-def file(tmp_path):
-  path = tmp_path / 'sweep.py'
-  path.write_text(FILE)
-  return path
+def file(make_sweep):
+  return make_sweep(RUNS)
 
 
 def rows(folder):
