@@ -4,12 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from .. import compat, registry
 from .reference import grouped_matmul as _reference
 
-NAMES = ('blocks', 'cpu', 'reference')
+NAMES = ('blocks', 'cpu', 'reference', 'tpu')
 
 
 def grouped_matmul(
@@ -30,14 +31,16 @@ def grouped_matmul(
     rhs: `[E, D, F]`, or `[E, F, D]` with `transpose_rhs`.
     group_sizes: rows of each expert; their sum is at most R.
     transpose_rhs: multiply by `rhs[e].T`.
-    implementation: 'cpu', 'blocks', 'reference', or None for the best one of the platform lowered for.
+    implementation: 'cpu', 'blocks', 'reference', 'tpu', or None for the best one of the platform lowered for.
 
   Raises:
-    ValueError: an unknown implementation, or widths of lhs and rhs that differ.
-    Unsupported: a type narrower than 16 bits, or no floating type.
+    ValueError: an unknown implementation, axes or widths that do not belong together, group sizes that are not
+      int32, or (where they are known) negative or more than R together.
+    Unsupported: a type narrower than 16 bits, or no floating type; for 'tpu' see tpu.check.
   """
   registry.check_name('grouped_matmul', implementation, NAMES)
   registry.check_dtypes('grouped_matmul', lhs=lhs, rhs=rhs)
+  _check_axes(lhs, rhs, group_sizes)
   width = rhs.shape[2 if transpose_rhs else 1]
   if width != lhs.shape[1]:
     raise ValueError(f'rhs.shape={rhs.shape} with {transpose_rhs=} wants lhs.shape[1]={width}')
@@ -46,6 +49,20 @@ def grouped_matmul(
   ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), lhs.shape[0])
   starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
   return _grouped_matmul(transpose_rhs, implementation, *compat.vary_together(lhs, rhs, starts))
+
+
+def _check_axes(lhs, rhs, group_sizes):
+  if lhs.ndim != 2 or rhs.ndim != 3 or group_sizes.shape != rhs.shape[:1]:
+    shapes = f'lhs.shape={lhs.shape}, rhs.shape={rhs.shape}, group_sizes.shape={group_sizes.shape}'
+    raise ValueError(f'{shapes}: expected [R, D], [E, D, F] and [E]')
+  if group_sizes.dtype != jnp.dtype('int32'):
+    raise ValueError(f'group_sizes.dtype={group_sizes.dtype}, expected int32')
+  if not isinstance(group_sizes, jax.core.Tracer):
+    sizes = np.asarray(group_sizes)
+    if (sizes < 0).any() or sizes.sum(dtype=np.int64) > lhs.shape[0]:
+      raise ValueError(
+        f'group_sizes={sizes.tolist()}: none may be negative, nor all exceed R={lhs.shape[0]}'
+      )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -9,10 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Unsupported, grouped_matmul
+from pallas_kernels.grouped_matmul import _check_axes
 from pallas_kernels.grouped_matmul.cases import CASES
 from pallas_kernels.registry import accumulator
+from tests.pallas_kernels.interpreted import interpreted
 
-BODIES = ('blocks', 'cpu')
+BODIES = ('blocks', 'cpu', 'tpu')
+ON_A_CPU = ('blocks', 'cpu')
 TOLERANCE = {'float32': 1e-5, 'float64': 1e-10}  # relative to the largest entry
 BY_NAME = {case.name: case for case in CASES}
 
@@ -33,7 +36,12 @@ def value_and_gradients(implementation, transpose_rhs=False):
     return {'out': out, 'lhs': dlhs, 'rhs': drhs.swapaxes(1, 2) if transpose_rhs else drhs}
 
   jitted = jax.jit(run)
-  return lambda arrays: jitted({name: jnp.asarray(value) for name, value in arrays.items()})
+
+  def call(arrays):
+    with interpreted(implementation):
+      return jitted({name: jnp.asarray(value) for name, value in arrays.items()})
+
+  return call
 
 
 def distance(found, wanted) -> float:
@@ -63,6 +71,10 @@ def by_hand(arrays):
 @pytest.mark.parametrize('dtype', TOLERANCE)
 def test_value_and_gradient_equal_the_reference(case, implementation, dtype):
   """The rows past the last group hold NaN in every case that has such rows."""
+  if (implementation, dtype) == ('tpu', 'float64'):
+    with jax.enable_x64(True), pytest.raises(Unsupported, match='float64'):
+      value_and_gradients(implementation)(case.arrays(dtype))
+    return
   with jax.enable_x64(dtype == 'float64'):
     arrays = case.arrays(dtype)
     wanted = value_and_gradients('reference')(arrays)
@@ -87,7 +99,7 @@ def test_experts_rotated_by_one_are_far_off(implementation):
   assert min(distance(found[name], wanted[name]) for name in wanted) > 0.1
 
 
-@pytest.mark.parametrize('implementation', ('blocks', 'cpu', 'reference'))
+@pytest.mark.parametrize('implementation', ('reference', *BODIES))
 def test_rows_past_the_last_group_are_zero_in_value_and_gradient(implementation):
   arrays = BY_NAME['uneven with a tail'].arrays('float32')
   found = value_and_gradients(implementation)(arrays)
@@ -95,7 +107,7 @@ def test_rows_past_the_last_group_are_zero_in_value_and_gradient(implementation)
   assert not np.asarray(found['out'])[412:].any() and not np.asarray(found['lhs'])[412:].any()
 
 
-@pytest.mark.parametrize('implementation', ('blocks', 'cpu', 'reference'))
+@pytest.mark.parametrize('implementation', ('reference', *BODIES))
 def test_a_nan_in_one_group_reaches_no_other(implementation):
   arrays = BY_NAME['balanced'].arrays('float32')
   arrays['lhs'][128] = np.nan  # the first row of expert 1
@@ -109,19 +121,16 @@ def test_a_nan_in_one_group_reaches_no_other(implementation):
 def test_bfloat16_rounds_the_result_only(implementation):
   arrays = BY_NAME['balanced'].arrays('float32')
   narrow = {n: jnp.asarray(arrays[n], jnp.bfloat16) for n in ('lhs', 'rhs')}
-  out = grouped_matmul(
-    narrow['lhs'],
-    narrow['rhs'],
-    jnp.asarray(arrays['group_sizes']),
-    implementation=implementation,
-  )
+  sizes = jnp.asarray(arrays['group_sizes'])
+  with interpreted(implementation):
+    out = grouped_matmul(*narrow.values(), sizes, implementation=implementation)
   wide = {n: np.asarray(value, np.float64) for n, value in narrow.items()}
   wanted = by_hand({**arrays, **wide})
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.asarray(out, np.float64), wanted, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize('implementation', (*BODIES, None))
+@pytest.mark.parametrize('implementation', (*ON_A_CPU, None))
 def test_rows_sharded_over_a_mesh_equal_one_device(implementation, make_mesh):
   """check_vma=True: each device holds 128 rows in groups of its own; the matrices are shared."""
   mesh = make_mesh(data=4, expert=2)
@@ -155,9 +164,40 @@ def test_bad_arguments_are_refused():
   arrays = BY_NAME['one expert'].arrays('float32')
   lhs, rhs = jnp.asarray(arrays['lhs']), jnp.asarray(arrays['rhs'])
   sizes = jnp.asarray(arrays['group_sizes'])
-  with pytest.raises(ValueError, match="implementation='tpu'.*'blocks', 'cpu', 'reference'"):
-    grouped_matmul(lhs, rhs, sizes, implementation='tpu')
+  with pytest.raises(ValueError, match="implementation='fast'.*'blocks', 'cpu', 'reference'"):
+    grouped_matmul(lhs, rhs, sizes, implementation='fast')
   with pytest.raises(ValueError, match=r'rhs.shape=\(1, 8, 12\).*wants lhs.shape\[1\]=12'):
     grouped_matmul(lhs, rhs, sizes, transpose_rhs=True)
   with pytest.raises(Unsupported, match='lhs is float8_e5m2'):
     grouped_matmul(lhs.astype(jnp.float8_e5m2), rhs, sizes)
+  with pytest.raises(
+    ValueError, match=r'group_sizes=\[65\]: none may be negative, nor all exceed R=64'
+  ):
+    grouped_matmul(lhs, rhs, jnp.asarray([65], jnp.int32))
+  with pytest.raises(ValueError, match=r'group_sizes=\[-1\]'):
+    grouped_matmul(lhs, rhs, jnp.asarray([-1], jnp.int32))
+
+
+def test_axes_and_types_of_group_sizes_are_checked_without_a_type_checker():
+  lhs, rhs, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.ones(2, jnp.int32)
+  with pytest.raises(
+    ValueError, match=r'lhs.shape=\(1, 4, 3\).*expected \[R, D\], \[E, D, F\] and \[E\]'
+  ):
+    _check_axes(lhs[None], rhs, sizes)
+  with pytest.raises(ValueError, match=r'group_sizes.shape=\(1,\)'):
+    _check_axes(lhs, rhs, sizes[:1])
+  with pytest.raises(ValueError, match='group_sizes.dtype=float32, expected int32'):
+    _check_axes(lhs, rhs, sizes.astype(jnp.float32))
+
+
+def test_the_tpu_refuses_what_its_kernels_do_not_compute():
+  lhs, rhs, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.ones(2, jnp.int32)
+  matmul = functools.partial(grouped_matmul, implementation='tpu')
+  with pytest.raises(Unsupported, match=r'lhs float16\(4, 3\), rhs float32\(2, 3, 5\)'):
+    matmul(lhs.astype(jnp.float16), rhs, sizes)
+  with pytest.raises(Unsupported, match=r'lhs float32\(0, 3\)'):
+    matmul(lhs[:0], rhs, 0 * sizes)
+  with pytest.raises(Unsupported, match='no tile of 4 rows, 100001 and 5003 columns fits'):
+    jax.eval_shape(
+      matmul, jnp.ones((4, 100001)), jax.ShapeDtypeStruct((2, 100001, 5003), 'f4'), sizes
+    )

@@ -1,0 +1,96 @@
+"""Compiles programs for a TPU topology and prints what came out as JSON: `python -m ... v6e:2x2`.
+
+Shapes are those of the kernel benchmark: A (T 32768, D 2048, F 1024, E 64, K 8), B (24576, 1536, 256, 128, 8) and
+C (32768, 4096, 14336, 8, 2).
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from pallas_kernels import grouped_matmul, pack, top_k
+
+BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+
+
+class Program(NamedTuple):
+  """A function of arrays of these shapes and types.
+
+  Attributes:
+    name: of the program.
+    function: of arrays.
+    args: `(shape, dtype)` of each.
+    kernels: names of the kernels that it must call.
+    temporary_mib: memory besides arguments and results is less than this; a copy of an operand would be more.
+  """
+
+  name: str
+  function: Callable
+  args: tuple
+  kernels: tuple[str, ...]
+  temporary_mib: float
+
+
+def _gradients(transpose_rhs):
+  def run(lhs, rhs, sizes, dout):
+    matmul = lambda lhs, rhs: grouped_matmul(
+      lhs, rhs, sizes, transpose_rhs=transpose_rhs, implementation='tpu'
+    )
+    out, pull = jax.vjp(matmul, lhs, rhs)
+    return out, pull(dout)
+
+  return run
+
+
+def _grouped(name, rows, groups, inner, columns, dtype, transpose_rhs=False):
+  matrix = (groups, columns, inner) if transpose_rhs else (groups, inner, columns)
+  args = ((rows, inner), dtype), (matrix, dtype), ((groups,), I32), ((rows, columns), dtype)
+  kernels = ('grouped_matmul', 'grouped_matmul', 'grouped_matmul_drhs')
+  # Narrow arrays are padded to the registers' lanes.
+  mib = 8 if inner % 128 else 2
+  return Program(f'grouped_matmul {name}', _gradients(transpose_rhs), args, kernels, mib)
+
+
+PROGRAMS = (
+  _grouped('A up', 262144, 64, 2048, 1024, BF16),
+  _grouped('A up transposed', 262144, 64, 2048, 1024, BF16, transpose_rhs=True),
+  _grouped('B down', 196608, 128, 256, 1536, BF16),
+  _grouped('C down', 65536, 8, 14336, 4096, BF16),
+  _grouped('C up in float32', 65536, 8, 4096, 14336, F32),
+  _grouped('widths that no tile divides', 1000, 7, 200, 136, F32),
+  Program(
+    'top_k of 64',
+    lambda x: top_k(x, 8, implementation='tpu'),
+    (((32768, 64), F32),),
+    ('top_k',),
+    64,
+  ),
+  Program(
+    'pack into 128', lambda e: pack(e, 128, implementation='tpu'), (((196608,), I32),), ('rank',), 8
+  ),
+)
+
+
+def describe(program: Program, device) -> dict:
+  """Kernels called and temporary memory of the compiled program."""
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  args = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in program.args]
+  lowered = jax.jit(program.function).lower(*args)
+  memory = lowered.compile().memory_analysis()
+  names = re.findall(r'tpu_custom_call.*?kernel_name = "(\w+)"', lowered.as_text())
+  return {'kernels': sorted(names), 'temporary_bytes': memory.temp_size_in_bytes}
+
+
+def main():
+  topology = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1])
+  print(json.dumps({p.name: describe(p, topology.devices[0]) for p in PROGRAMS}))
+
+
+if __name__ == '__main__':
+  main()
