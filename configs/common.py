@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
   config.model.moe.zero_experts = ConfigDict()
   config.model.moe.zero_cost = 1.0  # what they cost in the loss cost_balance
   config.model.moe.output_norm = False
+  config.model.moe.momentum = ConfigDict()  # over depth: {'name': 'heavy_ball'}, adam, robust
   config.model.moe.dispatch = 'fused'  # fused, sorted, einsum
   config.model.moe.exchange = 'auto'  # between devices: auto, local, all_gather
   config.model.moe.router = ConfigDict({'name': 'top_k', 'k': 2})  # and that router's own options

@@ -24,7 +24,7 @@ from moejax.moe.dispatch import DISPATCHES
 from moejax.moe.exchange import AllGather, Exchange, Local, single
 from moejax.moe.layer import MoE
 from moejax.moe.losses import check_losses
-from moejax.routers import Flags
+from moejax.routers import SHARED, Flags, make_shared
 from moejax.scaling.ours import latent_of
 from moejax.transformer import Decoder, Encoder, ViT
 from moejax.transformer.flops import (
@@ -177,11 +177,7 @@ def check_routing(settings: Settings) -> None:
       "accepted are model.moe.router={'name': 'top_k', 'balance_bias': True, ...}, or 0"
     )
   _check_group_size(settings)
-  if settings.model.kind == 'vit' and facts.flags.needs_ids:
-    raise BadInput(
-      f'model.moe.router={moe.router} needs token ids, which a model of kind {settings.model.kind!r} has none of: '
-      "accepted are model.kind='decoder', 'encoder'"
-    )
+  _check_needs(settings, facts.flags.needs)
   if settings.model.kind == 'decoder' and not facts.flags.prefix_safe and not settings.allow_leak:
     name = moe.router['name']
     safe = "model.moe.router.name='top_k'"
@@ -193,6 +189,22 @@ def check_routing(settings: Settings) -> None:
       f"model.moe.router={moe.router} lets a token see later ones, so a model of kind 'decoder' would train on what "
       f'it has to predict: accepted are {safe}, or allow_leak=True'
     )
+
+
+def _check_needs(settings: Settings, needs: tuple[str, ...]) -> None:
+  """Refuses a router that asks for what neither the model nor the data can tell."""
+  moe, kind = settings.model.moe, settings.model.kind
+  for field in set(needs) - {'shared'}:
+    if field != 'token_ids':
+      raise BadInput(
+        f'model.moe.router={moe.router} needs {field}, which data.name={settings.data.name!r} has none of: accepted '
+        f'are routers that need none, or a program of your own that passes side={{{field!r}: ...}} to the model'
+      )
+    if kind == 'vit':
+      raise BadInput(
+        f'model.moe.router={moe.router} needs token ids, which a model of kind {kind!r} has none of: '
+        "accepted are model.kind='decoder', 'encoder'"
+      )
 
 
 def _check_group_size(settings: Settings) -> None:
@@ -279,6 +291,7 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     'activation': model.activation,
     'moe': _moe_maker(settings, mesh, dtype),
     'moe_layers': model.moe_layers,
+    'moe_shared': _shared_maker(model),
     'remat': model.remat,
     'unroll': model.unroll,
     'dtype': dtype,
@@ -336,10 +349,28 @@ def _moe_maker(settings: Settings, mesh: Mesh, dtype):
     dispatch=DISPATCHES[moe.dispatch],
     exchange=exchange,
     output_norm=moe.output_norm,
+    momentum=moe.momentum or None,
     out_scale=(2 * model.num_layers) ** -0.5,
     dtype=dtype,
     rngs=rngs,
   )
+
+
+def _shared_maker(model: ModelSettings) -> Callable[[nnx.Rngs], nnx.Module] | None:
+  """What the routers of all layers share, if they do (`moejax.transformer.Stack`)."""
+  moe = model.moe
+  options = {key: value for key, value in moe.router.items() if key != 'name'}
+  sizes = {
+    'd_model': model.d_model,
+    'num_experts': moe.num_experts * moe.granularity + sum(moe.zero_experts.values()),
+  }
+
+  def make(rngs: nnx.Rngs) -> nnx.Module | None:
+    return make_shared(moe.router['name'], **sizes, **options, rngs=rngs)
+
+  if not model.moe_layers or moe.router['name'] not in SHARED:
+    return None
+  return make
 
 
 def training_flops(settings: Settings, stream: Stream) -> float:

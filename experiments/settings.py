@@ -61,6 +61,7 @@ class MoESettings:
   zero_experts: dict[str, Annotated[int, _not_negative]]  # how many by kind
   zero_cost: Annotated[float, _not_negative]
   output_norm: bool
+  momentum: dict[str, Any]  # 'name' and options; empty for none
   dispatch: Literal['fused', 'sorted', 'einsum']
   exchange: Literal['auto', 'local', 'all_gather']
   router: dict[str, Any]  # 'name' and that router's own options

@@ -7,6 +7,7 @@ Axis letters: moejax/axes.py.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,14 @@ class Context:
     rng: a PRNG key for noise and jitter.
     progress: float32 scalar, fraction of the training steps done, for what changes over training (temperatures, k);
       None outside of training, which counts as 1.
+    task: int `[B]`, the task, language or family that a sequence is of.
+    time: float `[B]`, the step of a diffusion, from 0 (clean) to 1.
+    domain: float `[B, W]`, an embedding of the whole sequence: domain, accent, speaker.
+    text: float `[B, N, W]`, embeddings of N text tokens that an image is made after.
+    maps: float `[B, N, S]`, how much each text token attends to each position of the image.
+    state: name -> `[B, S, ...]` or scalar, what routers of the layers below left, token by token
+      (moejax/routers/rmoe.py); None before the first layer. A layer passes on what it does not know.
+    shared: name -> arrays, what one module made for the routers of all layers before the first layer ran.
     train: whether noise, jitter and training capacities apply.
   """
 
@@ -36,6 +45,13 @@ class Context:
   positions: Array | None = None
   rng: Array | None = None
   progress: Array | None = None
+  task: Array | None = None
+  time: Array | None = None
+  domain: Array | None = None
+  text: Array | None = None
+  maps: Array | None = None
+  state: dict[str, Array] | None = None
+  shared: dict[str, Any] | None = None
   train: bool = dataclasses.field(default=False, metadata=STATIC)
 
 
@@ -53,6 +69,7 @@ class Scores:
     probs: rows sum to one; what balance losses and entropies are made of.
     load: probability that the expert stays selected when its noise is drawn again; None without noise.
     nulls: the last so many experts do nothing and are all alike: their counts are averaged (AdaMoE).
+    state: what the router leaves for the layer above, see `Context`; None of routers without a state.
     clusters: experts stand in so many consecutive groups of equal size (devices, nodes, clusters).
   """
 
@@ -61,6 +78,7 @@ class Scores:
   gate: Array
   probs: Array
   load: Array | None = None
+  state: dict[str, Array] | None = None
   nulls: int = dataclasses.field(default=0, metadata=STATIC)
   clusters: int = dataclasses.field(default=1, metadata=STATIC)
 
@@ -158,11 +176,13 @@ class Aux:
     losses: name -> scalar, coefficient already applied: add them to the training loss.
     metrics: name -> scalar or `[E]`.
     stats: the sums that both are made of.
+    state: what the layer leaves for the one above, see `Context`; None of layers without a state.
   """
 
   losses: dict[str, Array]
   metrics: dict[str, Array]
   stats: RoutingStats
+  state: dict[str, Array] | None = None
 
 
 def wide_dtype(dtype) -> jnp.dtype:

@@ -21,6 +21,7 @@ from moejax import Assignment, Context, Scores
 from moejax.mesh.make import AXES
 from moejax.moe.dispatch import DISPATCHES
 from moejax.moe.losses import LOSSES
+from moejax.moe.momentum import MOMENTA
 from moejax.moe.stats import routing_stats
 from moejax.routers.capacity import PRIORITIES
 from moejax.routers.expert_choice import GROUPS
@@ -116,7 +117,7 @@ def test_the_table_of_routers_is_the_flags():
 def test_the_tables_of_options_are_complete():
   values = [row['values'] for row in table('option', 'values', 'where')]
   exchanges = typing.get_args(typing.get_type_hints(MoESettings)['exchange'])
-  accepted = [PRIORITIES, SECOND_POLICIES, GROUPS, DISPATCHES, exchanges, AXES]
+  accepted = [PRIORITIES, SECOND_POLICIES, GROUPS, DISPATCHES, exchanges, MOMENTA, AXES]
   assert [set(code(cell)) for cell in values] == [set(names) for names in accepted]
   rows = table('weighting', 'affinity', 'weights of the chosen', 'used by')
   assert {code(row['weighting'])[0]: row['affinity'] for row in rows} == {

@@ -75,9 +75,15 @@ class CartesianMoE(nnx.Module):
       keys = jax.random.split(context.rng)
       contexts = [dataclasses.replace(context, rng=key) for key in keys]
     a, first = self.first(x, contexts[0])
+    contexts[1] = dataclasses.replace(contexts[1], state=first.state)
     b, second = self.second(self.norm(x + a).astype(x.dtype), contexts[1])
     stats = side_by_side(first.stats, second.stats)
-    return a + b, Aux(weighted_losses(stats, dict(self.losses)), routing_metrics(stats), stats)
+    losses = weighted_losses(stats, dict(self.losses))
+    return a + b, Aux(losses, routing_metrics(stats), stats, second.state)
+
+  def initial_state(self, x_bsd: Float[Array, 'B S D']) -> dict[str, Array]:
+    """As of `MoE`; the second mixture is the layer above the first."""
+    return self.first.initial_state(x_bsd)
 
 
 def side_by_side(first: RoutingStats, second: RoutingStats) -> RoutingStats:

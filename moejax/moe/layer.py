@@ -16,11 +16,12 @@ from moejax.moe.exchange import Exchange, single
 from moejax.moe.experts import Experts
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
+from moejax.moe.momentum import make_momentum
 from moejax.moe.stats import routing_stats
 from moejax.moe.zero_computation import ZeroExperts, rows_of_bank
 from moejax.routers import Router, count_option, make_router
 from moejax.routers.expert_choice import from_groups, to_groups
-from moejax.routers.router import as_batch
+from moejax.routers.router import as_batch, as_given
 from moejax.transformer.linear import Linear, RMSNorm
 
 
@@ -53,6 +54,8 @@ class MoE(nnx.Module):
     exchange: `single`, or a `Local` or `AllGather` of moejax/moe/exchange.py.
     dtype: type of the experts' computation; router, softmax, losses and master weights are float32 always.
     output_norm: RMS normalisation of the output (a learnt scale).
+    momentum: None, or a short name or `{'name': ..., **options}` of moejax/moe/momentum.py: the output remembers those
+      of the mixtures below (MomentumSMoE).
     out_scale: see `Experts`.
     rngs: source of the initial parameters.
 
@@ -79,6 +82,7 @@ class MoE(nnx.Module):
     exchange: Exchange = single,
     dtype=jnp.float32,
     output_norm: bool = False,
+    momentum: str | Mapping[str, Any] | None = None,
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
@@ -120,6 +124,7 @@ class MoE(nnx.Module):
     )
     self.zero_cost = zero_cost
     self.output_norm = RMSNorm(d_model, dtype=dtype) if output_norm else None
+    self.momentum = None if momentum is None else make_momentum(momentum)
     self.losses = tuple(sorted(losses.items()))
     self.dispatch = dispatch
     self.exchange = exchange
@@ -141,7 +146,11 @@ class MoE(nnx.Module):
       x_bsd = jnp.where(
         context.mask[..., None], x_bsd, 0
       )  # whatever padding holds, it goes nowhere
+    state = {**self.initial_state(x_bsd), **(context.state or {})}
+    if self.momentum is not None:
+      x_bsd = self.momentum.reads(x_bsd, state)
     scores, plan = self.router.route(x_bsd, context)
+    state |= scores.state or {}
     y_bsd = self._mix(x_bsd, plan) if isinstance(plan, SoftPlan) else self._send(x_bsd, plan)
     if self.shared is not None:
       y_bsd = self._add_shared(x_bsd, y_bsd)
@@ -149,9 +158,20 @@ class MoE(nnx.Module):
       y_bsd = self.output_norm(y_bsd)
     if context.mask is not None:
       y_bsd = jnp.where(context.mask[..., None], y_bsd, 0)
+    if self.momentum is not None:
+      y_bsd, left = self.momentum(y_bsd.astype(wide_dtype(x.dtype)), state)
+      state |= left
     stats = routing_stats(scores, plan, context, self._costs(scores.probs.shape[-1]))
-    aux = Aux(weighted_losses(stats, dict(self.losses)), routing_metrics(stats), stats)
+    losses = weighted_losses(stats, dict(self.losses))
+    aux = Aux(losses, routing_metrics(stats), stats, as_given(state, x.shape) if state else None)
     return y_bsd.astype(x.dtype).reshape(x.shape), aux
+
+  def initial_state(self, x_bsd: Float[Array, 'B S D']) -> dict[str, Array]:
+    """What the first layer of a stack finds in `context.state`; empty of a layer without a state."""
+    state = self.router.initial_state(x_bsd)
+    if self.momentum is not None:
+      state |= self.momentum.initial_state(x_bsd.shape, wide_dtype(x_bsd.dtype))
+    return state
 
   def _send(self, x_bsd: Array, assignment: Assignment) -> Array:
     x_td = x_bsd.reshape(-1, x_bsd.shape[-1])

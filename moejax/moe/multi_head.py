@@ -84,10 +84,15 @@ class MultiHeadMoE(nnx.Module):
       y = jnp.where(context.mask[..., None], y, 0)
     return y, aux
 
+  def initial_state(self, x_bsd: Float[Array, 'B S D']) -> dict[str, Array]:
+    """As of `MoE`, of sub-tokens."""
+    b, s, d = x_bsd.shape
+    return self.moe.initial_state(x_bsd.reshape(b, s * self.heads, d // self.heads))
+
 
 def repeat_positions(context: Context, times: int) -> Context:
   """The context of a sequence of which every position stands `times` times side by side."""
-  arrays = {name: getattr(context, name) for name in ('mask', 'token_ids', 'positions')}
+  arrays = {name: getattr(context, name) for name in ('mask', 'token_ids', 'positions', 'maps')}
   repeated: dict[str, Any] = {
     name: jnp.repeat(array, times, -1) for name, array in arrays.items() if array is not None
   }

@@ -14,6 +14,7 @@ from moejax.routers.dense_to_sparse import dense_to_sparse
 from moejax.routers.ds_moe import ds_moe
 from moejax.routers.ewa import ewa
 from moejax.routers.expert_choice import expert_choice
+from moejax.routers.gating_residual import gating_residual
 from moejax.routers.group_limited import group_limited
 from moejax.routers.hash import hash_layer
 from moejax.routers.locmoe import locmoe
@@ -22,6 +23,9 @@ from moejax.routers.mixture_of_tokens import mixture_of_tokens
 from moejax.routers.modified_softmax import modified_softmax
 from moejax.routers.moec import moec
 from moejax.routers.noisy_top_k import noisy_top_k
+from moejax.routers.pre_gated import pre_gated
+from moejax.routers.read_me import read_me, read_me_shared
+from moejax.routers.rmoe import rmoe, rmoe_shared
 from moejax.routers.router import Flags as Flags
 from moejax.routers.router import Router as Router
 from moejax.routers.router import RouterBias as RouterBias
@@ -42,6 +46,7 @@ ROUTERS: dict[str, Callable[..., Router]] = {
   'ds_moe': ds_moe,
   'ewa': ewa,
   'expert_choice': expert_choice,
+  'gating_residual': gating_residual,
   'group_limited': group_limited,
   'gshard': gshard,
   'hash': hash_layer,
@@ -51,6 +56,9 @@ ROUTERS: dict[str, Callable[..., Router]] = {
   'modified_softmax': modified_softmax,
   'moec': moec,
   'noisy_top_k': noisy_top_k,
+  'pre_gated': pre_gated,
+  'read_me': read_me,
+  'rmoe': rmoe,
   'sinkhorn': sinkhorn,
   'sinkhorn_expert_choice': sinkhorn_expert_choice,
   'smile': smile,
@@ -65,17 +73,27 @@ ROUTERS: dict[str, Callable[..., Router]] = {
 
 PASSED_ON: dict[Callable[..., Router], tuple[Callable[..., Router], tuple[str, ...]]] = {
   cosine: (token_choice, ()),
+  gating_residual: (token_choice, ()),
   group_limited: (token_choice, ()),
   gshard: (top_k, ('k',)),
   mask_moe: (token_choice, ('balance_bias',)),
   modified_softmax: (token_choice, ()),
   noisy_top_k: (token_choice, ()),
+  pre_gated: (token_choice, ()),
+  read_me: (token_choice, ()),
+  rmoe: (token_choice, ()),
   sinkhorn: (token_choice, ('balance_bias',)),
   switch: (top_k, ('k',)),
   top_k: (token_choice, ()),
   vmoe: (top_k, ()),
 }
 """Where a function passes its `**options` on to, and which of those it fixes."""
+
+SHARED: dict[str, Callable[..., nnx.Module | None]] = {
+  'read_me': read_me_shared,
+  'rmoe': rmoe_shared,
+}
+"""What a stack keeps for all its routers of a name."""
 
 
 def router_names() -> tuple[str, ...]:
@@ -98,6 +116,20 @@ def make_router(name: str, *, d_model: int, num_experts: int, rngs: nnx.Rngs, **
   """
   check_router_options(name, options)
   return ROUTERS[name](d_model=d_model, num_experts=num_experts, rngs=rngs, **options)
+
+
+def make_shared(
+  name: str, *, d_model: int, num_experts: int, rngs: nnx.Rngs, **options
+) -> nnx.Module | None:
+  """What a stack keeps for all its routers of this name and these options (`Stack`); None of most.
+
+  Raises:
+    ValueError: as `make_router`.
+  """
+  check_router_options(name, options)
+  if name not in SHARED:
+    return None
+  return SHARED[name](d_model=d_model, num_experts=num_experts, rngs=rngs, **options)
 
 
 def router_options(name: str) -> tuple[str, ...]:

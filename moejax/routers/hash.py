@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from moejax.arrays import Context
 from moejax.routers.affinity import TokenAffinity
-from moejax.routers.router import Flags, Router
+from moejax.routers.router import Flags, Router, required
 from moejax.routers.scorers import Frozen, only
 from moejax.routers.top_k import TopKAssign, check_name
 from moejax.routers.weighting import unweighted
@@ -48,7 +48,7 @@ class HashScorer(nnx.Module):
     Raises:
       ValueError: without `context.token_ids`.
     """
-    ids_bs = token_ids(context, 'hash')
+    ids_bs = required(context, 'token_ids', 'hash')
     if self.table is not None:
       expert_bs = self.table[...][ids_bs]
     else:
@@ -66,17 +66,6 @@ class HashScorer(nnx.Module):
     return (
       before_bs if context.positions is None else jnp.where(context.positions > 0, before_bs, -1)
     )
-
-
-def token_ids(context: Context, name: str) -> Int[Array, 'B S']:
-  """The token ids that a router of this name asks for.
-
-  Raises:
-    ValueError: there are none.
-  """
-  if context.token_ids is None:
-    raise ValueError(f'{name} needs token ids: pass context.token_ids')
-  return context.token_ids
 
 
 def balanced_table(counts: Sequence[int], num_experts: int) -> Int[np.ndarray, ' V']:
@@ -140,7 +129,7 @@ def hash_layer(
       prefix_safe_eval=True,
       batch_free=True,
       trains_router=False,
-      needs_ids=True,
+      needs=('token_ids',),
     ),
     choices=1,
   )

@@ -3,7 +3,6 @@ boosting token-level learning via routing mask in mixture-of-experts")."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -13,8 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moejax.arrays import Context
-from moejax.routers.hash import token_ids
-from moejax.routers.router import Router
+from moejax.routers.router import Router, required, with_flags
 from moejax.routers.scorers import Frozen, LinearScorer
 from moejax.routers.top_k import token_choice
 
@@ -52,7 +50,7 @@ class MaskedScorer(nnx.Module):
     Raises:
       ValueError: without `context.token_ids`.
     """
-    seen_bse = self.table[...][token_ids(context, 'mask_moe')]
+    seen_bse = self.table[...][required(context, 'token_ids', 'mask_moe')]
     logits_bse, _ = self.linear(x_bsd, context)
     return jnp.where(seen_bse, logits_bse, -jnp.inf), None
 
@@ -121,5 +119,4 @@ def mask_moe(
     d_model, num_experts, np.where(frequent_v, visible, 1), init_std=init_std, rngs=rngs
   )
   router = token_choice(scorer, num_experts=num_experts, k=k, **options)
-  router.flags = dataclasses.replace(router.flags, needs_ids=True)
-  return router
+  return with_flags(router, needs=('token_ids',))

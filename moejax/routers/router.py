@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ class Flags:
     batch_free: outputs of a sequence do not depend on the other sequences of the batch.
     deterministic_eval: with `train=False`, no randomness.
     trains_router: the task loss has a gradient in the router's parameters.
-    needs_ids: the router reads `context.token_ids`.
+    needs: fields of the context that the router cannot do without, such as 'token_ids'.
+    has_state: the router leaves something for the layer above and reads what the layer below left.
     stays_in_sequence: no row of an assignment leaves its sequence, so that a batch may be cut between
       sequences without an exchange.
   """
@@ -36,7 +38,8 @@ class Flags:
   batch_free: bool
   deterministic_eval: bool = True
   trains_router: bool = True
-  needs_ids: bool = False
+  needs: tuple[str, ...] = ()
+  has_state: bool = False
   stays_in_sequence: bool = True
 
   @property
@@ -53,7 +56,9 @@ class Router(nnx.Module):
   """scorer -> affinity -> assignment.
 
   Args:
-    scorer: module, `(x [B, S, D], context) -> (logits [B, S, E, ...], noise std or None)`, float32 or wider.
+    scorer: module, `(x [B, S, D], context) -> (logits [B, S, E, ...], noise std or None)`, float32 or wider. With the
+      flag `has_state` it returns its state as a third, and has `initial_state((B, S), dtype)`, what it reads in
+      `context.state` at the first layer.
     affinity: `(logits, std, bias, context) -> Scores`.
     assign: `(scores, context) -> Assignment | SoftPlan`.
     num_experts: E.
@@ -76,7 +81,7 @@ class Router(nnx.Module):
     choices: int | float | None = None,
     slots: int = 0,
   ):
-    self.scorer = scorer
+    self.scorer: Any = scorer
     self.affinity = affinity
     self.assign = assign
     self.num_experts = num_experts
@@ -93,9 +98,21 @@ class Router(nnx.Module):
 
   def scores(self, x_bsd: Float[Array, 'B S D'], context: Context) -> Scores:
     """Router logits and what follows from them, float32 or wider whatever the type of `x`."""
-    logits, std = self.scorer(x_bsd.astype(wide_dtype(x_bsd.dtype)), context)
+    x_bsd = x_bsd.astype(wide_dtype(x_bsd.dtype))
     bias = None if self.bias is None else jax.lax.stop_gradient(self.bias[...])
-    return self.affinity(logits, std, bias, context)
+    if not self.flags.has_state:
+      logits, std = self.scorer(x_bsd, context)
+      return self.affinity(logits, std, bias, context)
+    before = {**self.initial_state(x_bsd), **(context.state or {})}
+    context = dataclasses.replace(context, state=before)
+    logits, std, state = self.scorer(x_bsd, context)
+    return dataclasses.replace(self.affinity(logits, std, bias, context), state=state)
+
+  def initial_state(self, x_bsd: Float[Array, 'B S D']) -> dict[str, Array]:
+    """What the first layer finds in `context.state`; empty of a router without a state."""
+    if not self.flags.has_state:
+      return {}
+    return self.scorer.initial_state(x_bsd.shape[:2], wide_dtype(x_bsd.dtype))
 
   def route(self, x_bsd: Float[Array, 'B S D'], context: Context):
     """Scores and the assignment (or soft plan) made of them."""
@@ -111,19 +128,58 @@ class Router(nnx.Module):
 
 
 def as_batch(x: Array, context: Context | None) -> tuple[Array, Context]:
-  """`[..., S, D]` -> `[B, S, D]`, and the arrays of the context from `[..., S]` to `[B, S]`."""
+  """`[..., S, D]` -> `[B, S, D]`, and the arrays of the context from `[..., S]` to `[B, S]`.
+
+  Raises:
+    ValueError: x without a position axis, or an array of the context whose leading shape is not that of x.
+  """
   if x.ndim < 2:
     raise ValueError(f'x of shape {x.shape}: expected [..., S, D]')
   *lead, num_positions, width = x.shape
   context = context or Context()
 
-  def flat(name: str):
+  def flat(name: str, over: int, rank: int | None = None):
+    """Joins the axes of the batch; `over` is 1 where positions follow them, `rank` how many axes follow these."""
     value = getattr(context, name)
     if value is None:
       return None
-    if value.shape != (*lead, num_positions):
-      raise ValueError(f'context.{name} of shape {value.shape}: expected {(*lead, num_positions)}')
-    return value.reshape(-1, num_positions)
+    expected = (*lead, num_positions)[: len(lead) + over]
+    if value.shape[: len(expected)] != expected or rank not in (None, value.ndim - len(expected)):
+      raise ValueError(f'context.{name} of shape {value.shape}: expected {expected}')
+    return value.reshape(-1, *value.shape[len(lead) :])
 
-  fields = {name: flat(name) for name in ('mask', 'token_ids', 'positions')}
+  fields = {name: flat(name, 1, 0) for name in ('mask', 'token_ids', 'positions')}
+  fields |= {name: flat(name, 0, 0) for name in ('task', 'time')}
+  fields |= {name: flat(name, 0) for name in ('domain', 'text', 'maps')}
+  if context.state is not None:
+    fields['state'] = {
+      name: value.reshape(-1, *value.shape[len(lead) :]) if value.ndim else value
+      for name, value in context.state.items()
+    }
   return x.reshape(-1, num_positions, width), dataclasses.replace(context, **fields)
+
+
+def as_given(state: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+  """The state `[B, S, ...]` of a call with the leading axes of its x, which has this shape."""
+  return {
+    name: value.reshape(*shape[:-2], *value.shape[1:]) if value.ndim else value
+    for name, value in state.items()
+  }
+
+
+def with_flags(router: Router, **flags) -> Router:
+  """The router with some of its flags declared anew."""
+  router.flags = dataclasses.replace(router.flags, **flags)
+  return router
+
+
+def required(context: Context, field: str, name: str) -> Array:
+  """The field of the context that a router of this name cannot do without.
+
+  Raises:
+    ValueError: it is None.
+  """
+  value = getattr(context, field)
+  if value is None:
+    raise ValueError(f'{name} needs {field.replace("_", " ")}: pass context.{field}')
+  return value

@@ -51,11 +51,16 @@ class Block(nnx.Module):
     context: Context,
     rotation: tuple[jax.Array, jax.Array] | None = None,
     visible: Visible | None = None,
-  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
-    """The block's output and, of a mixture, its routing sums."""
+  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None, dict[str, Array]]:
+    """The block's output, of a mixture its routing sums, and the state for the block above."""
     x = x + self.attention(self.attention_norm(x), rotation, visible)
     h = self.ffn_norm(x)
+    state = context.state or {}
     if self.moe is None:
-      return x + self.ffn(h), None
+      return x + self.ffn(h), None, state
     y, aux = self.moe(h, context)
-    return x + y, aux.stats
+    return x + y, aux.stats, state | (aux.state or {})
+
+  def initial_state(self, x: Float[Array, 'B S D']) -> dict[str, Array]:
+    """What the block finds in `context.state` if nothing below it has left anything there."""
+    return self.moe.initial_state(x) if hasattr(self.moe, 'initial_state') else {}

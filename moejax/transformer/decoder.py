@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Decoder(nnx.Module):
     rope_theta: base of the rotary frequencies.
     tie_embeddings: the output layer is the transposed embedding table.
     moe: makes one mixture, `y, aux = layer(x, context)`; the layers named in `moe_layers` hold one each.
+    moe_shared: makes what their routers share, see `Stack`; None for nothing.
     causal: False lets every position attend to every other (Encoder).
     remat: what the backward pass computes again, a key of stack.REMAT.
     unroll: layers of the loop that are compiled one after the other; more is faster on a CPU, to compile slower.
@@ -65,6 +66,7 @@ class Decoder(nnx.Module):
     gated: bool = True,
     moe: Callable[[nnx.Rngs], nnx.Module] | None = None,
     moe_layers: tuple[int, ...] = (),
+    moe_shared: Callable[[nnx.Rngs], nnx.Module] | None = None,
     causal: bool = True,
     remat: str = 'none',
     unroll: int = 1,
@@ -106,7 +108,9 @@ class Decoder(nnx.Module):
 
     self.embed = Embed(vocab_size, d_model, dtype=dtype, rngs=rngs)
     kinds = layer_kinds(num_layers, moe, moe_layers)
-    self.stack = Stack.create(make_block, kinds, remat=remat, unroll=unroll, rngs=rngs)
+    self.stack = Stack.create(
+      make_block, kinds, remat=remat, unroll=unroll, make_shared=moe_shared, rngs=rngs
+    )
     self.norm = RMSNorm(d_model, dtype=dtype, rngs=rngs)
     self.head = None if tie_embeddings else Linear(d_model, vocab_size, dtype=dtype, rngs=rngs)
 
@@ -119,6 +123,7 @@ class Decoder(nnx.Module):
     mask: Bool[Array, 'B S'] | None = None,
     rng: jax.Array | None = None,
     progress: jax.Array | None = None,
+    side: Mapping[str, jax.Array] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, 'B S V'], RoutingStats | None]:
     """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]` (None without).
@@ -130,6 +135,7 @@ class Decoder(nnx.Module):
       mask: True for real tokens. Padding is not attended to, not routed and not counted.
       rng: key for routers' noise; every layer gets its own.
       progress: see `Context`.
+      side: other fields of `Context` by name, such as `task`.
     """
     x, stats = self.features(
       tokens,
@@ -138,6 +144,7 @@ class Decoder(nnx.Module):
       mask=mask,
       rng=rng,
       progress=progress,
+      side=side,
       train=train,
     )
     return self.logits(x), stats
@@ -158,12 +165,14 @@ class Decoder(nnx.Module):
     mask: Bool[Array, 'B S'] | None = None,
     rng: jax.Array | None = None,
     progress: jax.Array | None = None,
+    side: Mapping[str, jax.Array] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, 'B S D'], Context, tuple[jax.Array, jax.Array], Visible | None]:
     """What the first block is called with; arguments as of a call."""
     counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]  # [1, S] serves every sequence
     places = counted if positions is None else positions
     turn = rotation(places, self.rotary_dim, theta=self.rope_theta)
+    fields: dict[str, Any] = dict(side or {})
     context = Context(
       mask=mask,
       token_ids=tokens,
@@ -171,6 +180,7 @@ class Decoder(nnx.Module):
       rng=rng,
       progress=progress,
       train=train,
+      **fields,
     )
     visible = visibility(segment_ids, mask, causal=self.causal)
     return self.embed(tokens), context, turn, visible

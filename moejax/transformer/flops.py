@@ -130,6 +130,8 @@ def _part(names: list[str]) -> str:
   top = {'embed': 'embed', 'positions': 'embed', 'head': 'head', 'norm': 'norm'}
   if names[0] in top:
     return top[names[0]]
+  if names[1] == 'shared':  # what a stack keeps for the routers of all layers
+    return 'moe/router'
   inside = names[names.index('blocks') + 2 :]  # stack/segments/0/blocks/1/<inside>
   if inside[0] == 'moe':
     return '/'.join(inside[:2])

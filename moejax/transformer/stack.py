@@ -70,37 +70,47 @@ class Segment(nnx.Module):
     context: Context,
     rotation: tuple[jax.Array, jax.Array] | None,
     visible: Visible | None,
-  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
-    """Output and the stats of the mixtures, stacked in layer order `[L, ...]`; None without mixtures."""
+  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None, dict[str, jax.Array]]:
+    """Output, the stats of the mixtures, stacked in layer order `[L, ...]` (None without), and the routing state.
+
+    `context.state` holds all that `Stack.prepare` puts there.
+    """
     graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
     def run_block(graph):
-      def run(state, x, layer):
-        return nnx.merge(graph, state)(x, context_of(layer, context), rotation, visible)
+      def run(weights, x, state, layer):
+        own = dataclasses.replace(context_of(layer, context), state=state)
+        return nnx.merge(graph, weights)(x, own, rotation, visible)
 
       policy = REMAT[self.remat]
       return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
 
-    def run_unit(x, step):
-      states, repeat = step
+    def run_unit(carry, step):
+      (x, state), (all_weights, repeat) = carry, step
       stats = []
-      for index, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+      for index, (graph, weights) in enumerate(zip(graphs, all_weights, strict=True)):
         layer = self.first + repeat * len(graphs) + index
-        x, block_stats = run_block(graph)(state, x, layer)
+        x, block_stats, state = run_block(graph)(weights, x, state, layer)
         if block_stats is not None:
           stats.append(block_stats)
-      return x, stats
+      return (x, state), stats
 
     steps = (states, jnp.arange(self.repeats, dtype=jnp.int32))
-    x, stats = jax.lax.scan(run_unit, x, steps, unroll=min(self.unroll, self.repeats))
-    return x, interleave(stats)
+    carry = (x, context.state or {})
+    (x, state), stats = jax.lax.scan(run_unit, carry, steps, unroll=min(self.unroll, self.repeats))
+    return x, interleave(stats), state
 
 
 class Stack(nnx.Module):
-  """Segments one after the other; made by `Stack.create` or, of blocks that exist, `Stack.of`."""
+  """Segments one after the other; made by `Stack.create` or, of blocks that exist, `Stack.of`.
 
-  def __init__(self, segments: Sequence[Segment]):
+  `shared` makes what the routers of all layers share: a module `(x, context, visible) -> dict` that runs before the
+  first layer, and whose result is `context.shared` (moejax/routers/read_me.py).
+  """
+
+  def __init__(self, segments: Sequence[Segment], shared: nnx.Module | None = None):
     self.segments = nnx.List(segments)
+    self.shared = shared
 
   @classmethod
   def create(
@@ -110,6 +120,7 @@ class Stack(nnx.Module):
     *,
     remat: str = 'none',
     unroll: int = 1,
+    make_shared: Callable[[nnx.Rngs], nnx.Module] | None = None,
     rngs: nnx.Rngs,
   ) -> Stack:
     """A stack of fresh blocks of the given kinds, in order.
@@ -119,6 +130,7 @@ class Stack(nnx.Module):
       kinds: the kind of every layer.
       remat: a key of REMAT.
       unroll: repeats in one turn of the loop. All of them: no loop, and no copies in and out of stacked arrays.
+      make_shared: makes `shared`, see `Stack`.
 
     Raises:
       ValueError: if remat is not a key of REMAT or there is no layer.
@@ -130,10 +142,17 @@ class Stack(nnx.Module):
       graph, state = jax.vmap(lambda key, unit=unit: make_unit(make_block, unit, key))(keys)
       segments.append(Segment(nnx.merge(graph, state), first, repeats, remat, unroll))
       first += repeats * len(unit)
-    return cls(segments)
+    return cls(segments, make_shared(rngs) if make_shared else None)
 
   @classmethod
-  def of(cls, blocks: Sequence[Block], *, remat: str = 'none', unroll: int = 1) -> Stack:
+  def of(
+    cls,
+    blocks: Sequence[Block],
+    *,
+    remat: str = 'none',
+    unroll: int = 1,
+    shared: nnx.Module | None = None,
+  ) -> Stack:
     """A stack of these blocks: what surgery does after changing layers of `unstack`.
 
     Layers stack where their variables agree in names, shapes and dtypes and their settings are equal; others
@@ -152,7 +171,7 @@ class Stack(nnx.Module):
         stacked.append(nnx.merge(graphs[index], state))
       segments.append(Segment(stacked, first, repeats, remat, unroll))
       first += repeats * len(unit)
-    return cls(segments)
+    return cls(segments, shared)
 
   def __call__(
     self,
@@ -163,11 +182,34 @@ class Stack(nnx.Module):
   ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
     """Output and the stats of all mixtures, stacked in layer order `[L, ...]`; None without mixtures."""
     parts = []
+    context = self.prepare(x, context, visible)
     for segment in self.segments:
-      x, stats = segment(x, context, rotation, visible)
+      x, stats, state = segment(x, context, rotation, visible)
+      context = dataclasses.replace(context, state=state)
       if stats is not None:
         parts.append(stats)
     return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else None
+
+  def prepare(
+    self, x: Float[Array, 'B S D'], context: Context, visible: Visible | None = None
+  ) -> Context:
+    """The context of the first layer: with what all routers share, and the state of nothing below.
+
+    Raises:
+      ValueError: two layers whose states have one name and different shapes.
+    """
+    if self.shared is not None:
+      context = dataclasses.replace(context, shared=self.shared(x, context, visible))
+    state: dict[str, jax.Array] = {}
+    for segment in self.segments:
+      for block in segment.blocks:
+        for name, value in block.initial_state(x).items():
+          if state.setdefault(name, value).shape != value.shape:
+            raise ValueError(
+              f'state {name!r} of shapes {state[name].shape} and {value.shape} in one stack: accepted are layers whose '
+              'states are alike'
+            )
+    return dataclasses.replace(context, state=state | (context.state or {}))
 
   def unstack(self) -> list[Block]:
     """Every layer as a block of its own, with copies of its variables."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from moejax.arrays import Assignment, SoftPlan
 from moejax.moe.layer import MoE
 from moejax.transformer.decoder import Decoder
@@ -20,10 +22,12 @@ def routing_trace(model: Decoder, tokens, **inputs) -> list[Assignment | SoftPla
   """
   x, context, turn, visible = model.enter(tokens, **inputs)
   found = []
+  context = model.stack.prepare(x, context, visible)
   for layer, block in enumerate(model.stack.unstack()):
     own = context_of(layer, context)
     if isinstance(block.moe, MoE):
       h = block.ffn_norm(x + block.attention(block.attention_norm(x), turn, visible))
       found.append(block.moe.router(h, own))
-    x, _ = block(x, own, turn, visible)
+    x, _, state = block(x, own, turn, visible)
+    context = dataclasses.replace(context, state=state)
   return found

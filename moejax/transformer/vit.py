@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class ViT(nnx.Module):
     image_shape: (height, width, channels).
     patch_size: side of a square patch in pixels.
     positions: 'learned' table, or fixed 'sincos' (Chen et al. 2021, MoCo v3).
-    moe, moe_layers, remat, unroll, attention, dtype: as of Decoder.
+    moe, moe_layers, moe_shared, remat, unroll, attention, dtype: as of Decoder.
 
   Raises:
     ValueError: for sizes that do not divide, an unknown `positions`, moe_layers without moe or out of range.
@@ -57,6 +57,7 @@ class ViT(nnx.Module):
     positions: str = 'learned',
     moe: Callable[[nnx.Rngs], nnx.Module] | None = None,
     moe_layers: tuple[int, ...] = (),
+    moe_shared: Callable[[nnx.Rngs], nnx.Module] | None = None,
     remat: str = 'none',
     unroll: int = 1,
     attention: Literal['cudnn'] | None = None,
@@ -87,7 +88,9 @@ class ViT(nnx.Module):
     learned = positions == 'learned'
     self.positions = position_table(height * width, d_model, dtype, rngs) if learned else None
     kinds = layer_kinds(num_layers, moe, moe_layers)
-    self.stack = Stack.create(make_block, kinds, remat=remat, unroll=unroll, rngs=rngs)
+    self.stack = Stack.create(
+      make_block, kinds, remat=remat, unroll=unroll, make_shared=moe_shared, rngs=rngs
+    )
     self.norm = LayerNorm(d_model, dtype=dtype, rngs=rngs)
     self.head = Linear(d_model, num_classes, init=zeros_init, **options)
 
@@ -97,10 +100,17 @@ class ViT(nnx.Module):
     *,
     rng: jax.Array | None = None,
     progress: jax.Array | None = None,
+    side: Mapping[str, jax.Array] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, 'B O'], RoutingStats | None]:
-    """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]` (None without)."""
-    x, stats = self.features(images, rng=rng, progress=progress, train=train)
+    """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]` (None without).
+
+    Args:
+      rng: key for routers' noise; every layer gets its own.
+      progress: see `Context`.
+      side: other fields of `Context` by name, such as `task`.
+    """
+    x, stats = self.features(images, rng=rng, progress=progress, side=side, train=train)
     pooled = jnp.mean(x, axis=1, dtype=master_dtype(x.dtype))  # [B, S, D] -> [B, D]
     return self.head(pooled, wide=True), stats
 
@@ -110,6 +120,7 @@ class ViT(nnx.Module):
     *,
     rng: jax.Array | None = None,
     progress: jax.Array | None = None,
+    side: Mapping[str, jax.Array] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
     """Normed features of every patch, before pooling, and stats; arguments as of a call."""
@@ -120,7 +131,8 @@ class ViT(nnx.Module):
       table = self.positions[...]
     x = x + table.astype(x.dtype)[None, :, :]
     counted = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-    x, stats = self.stack(x, Context(positions=counted, rng=rng, progress=progress, train=train))
+    given: dict[str, Any] = {'positions': counted, **(side or {})}
+    x, stats = self.stack(x, Context(rng=rng, progress=progress, train=train, **given))
     return self.norm(x), stats
 
 

@@ -37,6 +37,7 @@ def _config_keys(config, prefix=''):
       'model.moe.router',
       'model.moe.losses',
       'model.moe.zero_experts',
+      'model.moe.momentum',
     )
     keys |= _config_keys(value, f'{prefix}{name}.') if nested else {prefix + name}
   return keys

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax
@@ -50,7 +51,8 @@ def run_unstacked(blocks, x, context, turn):
   """The definition: one layer after the other."""
   stats = []
   for index, block in enumerate(blocks):
-    x, block_stats = block(x, context_of(jnp.int32(index), context), turn)
+    x, block_stats, state = block(x, context_of(jnp.int32(index), context), turn)
+    context = dataclasses.replace(context, state=state)
     stats += [block_stats] if block_stats is not None else []
   return x, jax.tree.map(lambda *a: jnp.stack(a), *stats)
 
