@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
   config.model.remat = 'none'  # recompute in the backward pass: none, full, dots
 
   config.model.moe = ConfigDict()
-  config.model.moe.layers = 'all'  # none, all, every_2, last_half, or indices: 4,5
+  config.model.moe.layers = 'all'  # none, all, every_2, last_half, last_2, or indices: 4,5
   config.model.moe.num_experts = 8
   config.model.moe.d_ff = 0  # hidden width of an expert at granularity 1; 0: model.d_ff
   # so many times as many experts, and as many active, each moe.d_ff / granularity wide

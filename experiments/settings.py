@@ -27,8 +27,10 @@ _axis = Rule(
   'at least 1, or -1 for all devices that are left', lambda value: value >= 1 or value == -1
 )
 _layers = Rule(
-  "'none', 'all', 'every_2', 'last_half' or layer indices such as '4,5'",
-  lambda value: re.fullmatch(r'none|all|every_[1-9]\d*|last_half|\d+(,\d+)*', value) is not None,
+  "'none', 'all', 'every_2', 'last_half', 'last_2' or layer indices such as '4,5'",
+  lambda value: (
+    re.fullmatch(r'none|all|every_[1-9]\d*|last_(?:half|[1-9]\d*)|\d+(,\d+)*', value) is not None
+  ),
 )
 
 # objectives that a model of this kind can be trained on
@@ -185,11 +187,14 @@ class Settings:
 
 
 def moe_layers(pattern: str, num_layers: int) -> tuple[int, ...]:
-  """Layer indices that `pattern` names: every_N is the last of each N layers, last_half rounds down."""
+  """Layer indices that `pattern` names: every_N is the last of each N layers, last_half rounds down, last_N is N."""
   if pattern == 'none':
     return ()
   if pattern == 'last_half':
     return tuple(range(num_layers - num_layers // 2, num_layers))
+  if pattern.startswith('last_'):
+    first = num_layers - int(pattern.removeprefix('last_'))
+    return tuple(range(first, num_layers))
   if pattern == 'all' or pattern.startswith('every_'):
     every = int(pattern.removeprefix('every_')) if pattern != 'all' else 1
     return tuple(range(every - 1, num_layers, every))
@@ -206,7 +211,11 @@ def _check_model(model: ModelSettings) -> None:
   moe, layers = model.moe, model.moe_layers
   if moe.layers == 'none':
     return
-  if not layers or layers[-1] >= model.num_layers or len(set(layers)) < len(layers):
+  if (
+    not layers
+    or not 0 <= layers[0] <= layers[-1] < model.num_layers
+    or len(set(layers)) < len(layers)
+  ):
     text = f'distinct layers of the {model.num_layers} there are (model.num_layers)'
     raise refuse('model.moe.layers', moe.layers, text)
   if moe.d_ff:

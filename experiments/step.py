@@ -29,6 +29,8 @@ from moejax.moe.metrics import routing_metrics
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+SIDE = ('task', 'time', 'domain', 'text', 'maps')
+"""Fields of `moejax.Context` that a batch may hold."""
 
 
 @jax.tree_util.register_dataclass
@@ -75,10 +77,11 @@ def totals(
   """Cross-entropy of one batch, summed over what is to be predicted.
 
   Text: tokens, targets, segment_ids, positions and loss_mask `[B, S]`. Images: image `[B, I, J, Q]`, label `[B]`, and
-  in evaluation valid `[B]`.
+  in evaluation valid `[B]`. Either may have what routers look at beside the tokens, names of `SIDE`.
   """
+  side = {name: batch[name] for name in SIDE if name in batch}
   if 'image' in batch:
-    logits, stats = model(batch['image'], rng=rng, progress=progress, train=train)
+    logits, stats = model(batch['image'], rng=rng, progress=progress, side=side, train=train)
     targets, predicted = batch['label'], batch.get('valid', jnp.ones(batch['label'].shape, bool))
   else:
     logits, stats = model(
@@ -88,6 +91,7 @@ def totals(
       mask=batch['segment_ids'] > 0,
       rng=rng,
       progress=progress,
+      side=side,
       train=train,
     )
     targets, predicted = batch['targets'], batch['loss_mask']

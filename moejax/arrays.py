@@ -31,7 +31,7 @@ class Context:
       None outside of training, which counts as 1.
     task: int `[B]`, the task, language or family that a sequence is of.
     time: float `[B]`, the step of a diffusion, from 0 (clean) to 1.
-    domain: float `[B, W]`, an embedding of the whole sequence: domain, accent, speaker.
+    domain: float `[B, W]`, an embedding of the whole sequence: domain, accent, speaker; `[B, S, W]` of its positions.
     text: float `[B, N, W]`, embeddings of N text tokens that an image is made after.
     maps: float `[B, N, S]`, how much each text token attends to each position of the image.
     state: name -> `[B, S, ...]` or scalar, what routers of the layers below left, token by token
@@ -70,6 +70,7 @@ class Scores:
     load: probability that the expert stays selected when its noise is drawn again; None without noise.
     nulls: the last so many experts do nothing and are all alike: their counts are averaged (AdaMoE).
     state: what the router leaves for the layer above, see `Context`; None of routers without a state.
+    guidance: `[B, S]`, how far the router is from where it is told to send the token; None where nobody tells it.
     clusters: experts stand in so many consecutive groups of equal size (devices, nodes, clusters).
   """
 
@@ -79,6 +80,7 @@ class Scores:
   probs: Array
   load: Array | None = None
   state: dict[str, Array] | None = None
+  guidance: Array | None = None
   nulls: int = dataclasses.field(default=0, metadata=STATIC)
   clusters: int = dataclasses.field(default=1, metadata=STATIC)
 
@@ -147,6 +149,7 @@ class RoutingStats:
     unrouted: scalar, tokens that no expert worked on.
     sparsity: scalar, sum of the L1 norms of `Scores.probs`, each of unit L2 norm.
     cost_e: `[E]`, tokens times the relative cost of the expert; None: all cost the same.
+    guidance: scalar, sum of `Scores.guidance`; None where there is none.
     clusters: as in `Scores`.
 
   E counts all experts that the router knows.
@@ -164,6 +167,7 @@ class RoutingStats:
   unrouted: Array
   sparsity: Array | None = None
   cost_e: Array | None = None
+  guidance: Array | None = None
   clusters: int = dataclasses.field(default=1, metadata=STATIC)
 
 

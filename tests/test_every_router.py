@@ -95,14 +95,24 @@ ROWS = {
   'gating_residual': {'name': 'gating_residual'},
   'pre_gated': {'name': 'pre_gated'},
   'read_me': {'name': 'read_me'},
+  'm3vit': {'name': 'm3vit'},
+  'm3vit_embedding': {'name': 'm3vit', 'gate': 'embedding', 'width': 3, 'noise_std': 0.0},
+  'family': {'name': 'family'},
+  'speech_moe': {'name': 'speech_moe', 'width': E},
+  'time_moe': {'name': 'time_moe', 'width': 4, 'noise_std': 0.1},
+  'space_moe': {'name': 'space_moe', 'width': E},
+  'image': {'name': 'image'},
+  'spatial': {'name': 'spatial', 'positions': 8},
+  'kamoe': {'name': 'kamoe', 'width': 6, 'cells': 3},
 }
 
 
 ONE_OF_EACH = tuple({options['name']: row for row, options in ROWS.items()}.values())
 """A row for each router, the last one."""
 
-SCORERS = ('rmoe', 'gating_residual', 'pre_gated', 'read_me')
-"""Rows that are `top_k` with other logits: what is done with these has been tested there in every dispatch and type."""
+SCORERS = ('rmoe', 'gating_residual', 'pre_gated', 'read_me', 'm3vit', 'm3vit_embedding', 'family')
+SCORERS = (*SCORERS, 'speech_moe', 'time_moe', 'image', 'spatial', 'kamoe')
+"""Rows that are `top_k` or `dense` with other logits: what is done with these is tested there in all dispatches."""
 
 
 @pytest.fixture(params=list(ROWS), scope='module')
@@ -148,7 +158,12 @@ def context(train=True, *, token_ids=None, **fields) -> Context:
   token_ids = ids() if token_ids is None else token_ids
   table = jax.random.normal(jax.random.key(8), (V, E))
   usual = {'rng': jax.random.key(7), 'train': train, 'progress': jnp.float32(0.4)}
+  first = token_ids[:, :3]
   usual['shared'] = {'read_me': table[token_ids]}
+  usual |= {'task': first[:, 0] % 2, 'time': first[:, 0] / V, 'domain': table[first[:, 0]]}
+  usual |= {'text': table[first]}
+  maps = jax.random.uniform(jax.random.key(9), (V, token_ids.shape[1]))
+  usual |= {'maps': maps[first]}
   return Context(**usual | fields, token_ids=token_ids)
 
 

@@ -29,13 +29,8 @@ RULES: tuple[Rule, ...] = (
   (r'moe/(query|split|merge)/weight', ('fsdp', None)),
   (r'moe/(split|merge|query)/bias', ()),
   # routers are small, and float32 on every device
-  (
-    r'moe/([a-z]+/)?router/scorer/(\w+/)?'
-    r'(kernel|noise_kernel|next_kernel|residual|project|offset|centroids|temperature|phi|scale|into|over|over_offset)',
-    (),
-  ),
+  (r'moe/([a-z]+/)?router/scorer/(\w+/)*\w+', ()),
   (r'stack/shared/(enter/weight|kernel|into|over|offset|over_offset)', ()),
-  (r'moe/([a-z]+/)?router/scorer/(seed|table)', ()),  # fixed hashes and masks
   (r'moe/([a-z]+/)?router/bias', ()),
   # the rest of a block: width of the model over `fsdp`
   (r'(attention/(query|key|value)|ffn/(gate|up))/weight', ('fsdp', None)),

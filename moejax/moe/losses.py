@@ -141,6 +141,14 @@ def importance_square(stats: RoutingStats) -> Float[Array, '']:
   return jnp.sum(prob_e * prob_e) * jnp.asarray(prob_e.shape[-1], prob_e.dtype)
 
 
+def guidance(stats: RoutingStats) -> Float[Array, '']:
+  """Mean cross-entropy of the router's probabilities with what it is told: super-class guidance of Mobile V-MoEs.
+
+  Daxberger et al. 2023, equation 2; of the router `image` with `context.task`, zero without.
+  """
+  return jnp.zeros_like(stats.z) if stats.guidance is None else _mean(stats.guidance, stats)
+
+
 LOSSES: dict[str, Callable[[RoutingStats], Array]] = {
   'balance': balance,
   'cluster_balance': cluster_balance,
@@ -148,6 +156,7 @@ LOSSES: dict[str, Callable[[RoutingStats], Array]] = {
   'cluster_variance': cluster_variance,
   'cost_balance': cost_balance,
   'entropy': entropy,
+  'guidance': guidance,
   'importance': importance,
   'importance_square': importance_square,
   'load': load,

@@ -45,6 +45,7 @@ def routing_stats(
     unrouted=unrouted,
     sparsity=_sparsity(probs_bse, mask_bs),
     cost_e=None if costs is None else tokens * jnp.asarray(costs, probs_bse.dtype),
+    guidance=None if scores.guidance is None else jnp.where(mask_bs, scores.guidance, 0).sum(),
     clusters=scores.clusters,
   )
 

@@ -14,16 +14,21 @@ from moejax.routers.dense_to_sparse import dense_to_sparse
 from moejax.routers.ds_moe import ds_moe
 from moejax.routers.ewa import ewa
 from moejax.routers.expert_choice import expert_choice
+from moejax.routers.family import family
 from moejax.routers.gating_residual import gating_residual
 from moejax.routers.group_limited import group_limited
 from moejax.routers.hash import hash_layer
+from moejax.routers.image import image
+from moejax.routers.kamoe import kamoe
 from moejax.routers.locmoe import locmoe
+from moejax.routers.m3vit import m3vit
 from moejax.routers.mask_moe import mask_moe
 from moejax.routers.mixture_of_tokens import mixture_of_tokens
 from moejax.routers.modified_softmax import modified_softmax
 from moejax.routers.moec import moec
 from moejax.routers.noisy_top_k import noisy_top_k
 from moejax.routers.pre_gated import pre_gated
+from moejax.routers.raphael import space_moe, time_moe
 from moejax.routers.read_me import read_me, read_me_shared
 from moejax.routers.rmoe import rmoe, rmoe_shared
 from moejax.routers.router import Flags as Flags
@@ -33,6 +38,8 @@ from moejax.routers.sinkhorn import sinkhorn, sinkhorn_expert_choice
 from moejax.routers.smile import smile
 from moejax.routers.smoe_dropout import smoe_dropout
 from moejax.routers.soft import soft
+from moejax.routers.spatial import spatial
+from moejax.routers.speech_moe import speech_moe
 from moejax.routers.thor import thor
 from moejax.routers.top_k import gshard, switch, token_choice, top_k, vmoe
 from moejax.routers.top_p import top_p
@@ -46,11 +53,15 @@ ROUTERS: dict[str, Callable[..., Router]] = {
   'ds_moe': ds_moe,
   'ewa': ewa,
   'expert_choice': expert_choice,
+  'family': family,
   'gating_residual': gating_residual,
   'group_limited': group_limited,
   'gshard': gshard,
   'hash': hash_layer,
+  'image': image,
+  'kamoe': kamoe,
   'locmoe': locmoe,
+  'm3vit': m3vit,
   'mask_moe': mask_moe,
   'mixture_of_tokens': mixture_of_tokens,
   'modified_softmax': modified_softmax,
@@ -64,8 +75,12 @@ ROUTERS: dict[str, Callable[..., Router]] = {
   'smile': smile,
   'smoe_dropout': smoe_dropout,
   'soft': soft,
+  'space_moe': space_moe,
+  'spatial': spatial,
+  'speech_moe': speech_moe,
   'switch': switch,
   'thor': thor,
+  'time_moe': time_moe,
   'top_k': top_k,
   'top_p': top_p,
   'vmoe': vmoe,
@@ -76,6 +91,8 @@ PASSED_ON: dict[Callable[..., Router], tuple[Callable[..., Router], tuple[str, .
   gating_residual: (token_choice, ()),
   group_limited: (token_choice, ()),
   gshard: (top_k, ('k',)),
+  image: (token_choice, ()),
+  m3vit: (token_choice, ()),
   mask_moe: (token_choice, ('balance_bias',)),
   modified_softmax: (token_choice, ()),
   noisy_top_k: (token_choice, ()),
@@ -83,7 +100,10 @@ PASSED_ON: dict[Callable[..., Router], tuple[Callable[..., Router], tuple[str, .
   read_me: (token_choice, ()),
   rmoe: (token_choice, ()),
   sinkhorn: (token_choice, ('balance_bias',)),
+  spatial: (token_choice, ()),
+  speech_moe: (token_choice, ()),
   switch: (top_k, ('k',)),
+  time_moe: (token_choice, ()),
   top_k: (token_choice, ()),
   vmoe: (top_k, ()),
 }

@@ -151,7 +151,7 @@ def test_an_int_is_accepted_for_a_float_and_becomes_one():
     (
       'model.moe.layers',
       'half',
-      "model.moe.layers='half' is not accepted: it must be 'none', 'all', 'every_2', 'last_half' "
+      "model.moe.layers='half' is not accepted: it must be 'none', 'all', 'every_2', 'last_half', 'last_2' "
       "or layer indices such as '4,5'",
     ),
     (
@@ -240,6 +240,7 @@ def test_a_dense_model_is_not_asked_for_sensible_experts():
     ('all', (0, 1, 2, 3, 4)),
     ('every_2', (1, 3)),
     ('last_half', (3, 4)),
+    ('last_1', (4,)),
     ('4,0', (0, 4)),
   ],
 )
