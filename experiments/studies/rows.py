@@ -17,6 +17,7 @@ import numpy as np
 from experiments.errors import BadInput
 
 Row = dict[str, Any]
+_TEXT = ('key', 'name', 'status')  # a key such as 51e097846213 would be read as a number
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
 
 
@@ -30,7 +31,10 @@ def read(folder: Path) -> list[Row]:
   if not file.is_file():
     raise BadInput(f'{file} is missing: run the sweep with --workdir={folder} first')
   with file.open(encoding='utf-8', newline='') as stream:
-    rows = [{k: _value(v) for k, v in row.items() if v} for row in csv.DictReader(stream)]
+    rows = [
+      {k: v if k in _TEXT else _value(v) for k, v in row.items() if v}
+      for row in csv.DictReader(stream)
+    ]
   unfinished = [row['name'] for row in rows if row['status'] in ('waiting', 'failed')]
   if unfinished:
     raise BadInput(

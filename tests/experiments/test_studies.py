@@ -12,7 +12,7 @@ from experiments.studies.multiplicity import experts_by_token
 from moejax import Assignment
 
 TABLE = """key,name,status,seed,eval_loss,model.moe.router,G,seconds
-a,one,finished,1,2.5,"{""name"": ""top_k"", ""k"": 2}",1,30
+51e097846213,one,finished,1,2.5,"{""name"": ""top_k"", ""k"": 2}",1,30
 b,two,finished,0,2.0,"{""name"": ""top_k"", ""k"": 2}",1,30
 c,three,finished,0,3.0,"{""name"": ""soft""}",2,60
 d,four,diverged,1,,"{""name"": ""soft""}",2,60
@@ -31,6 +31,7 @@ def test_values_come_in_the_order_of_their_seeds(folder):
   assert fine_grained.of_granularity(table[:3], 2) == [3.0]
   assert rows.minutes(table) == 3.0
   assert 'eval_loss' not in table[3]
+  assert table[0]['key'] == '51e097846213'  # the name of a folder, not a number
 
 
 def test_two_runs_of_one_seed_are_refused(folder):
