@@ -32,6 +32,11 @@ def struct_like(shape, dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
+def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
+  """`x`, varying over the axes of `like` too: Mosaic GPU kernels of jax 0.10 forget the type they are given."""
+  return _vary(x, varying_axes(like) | varying_axes(x))
+
+
 def _vary(x, axes):
   missing = () if x is None else tuple(sorted(axes - varying_axes(x)))
   return jax.lax.pcast(x, missing, to='varying') if missing else x

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 from .. import compat, registry
 from .reference import grouped_matmul as _reference
 
-NAMES = ('blocks', 'cpu', 'reference', 'tpu')
+NAMES = ('blocks', 'cpu', 'gpu', 'reference', 'tpu')
 
 
 def grouped_matmul(
@@ -31,12 +31,12 @@ def grouped_matmul(
     rhs: `[E, D, F]`, or `[E, F, D]` with `transpose_rhs`.
     group_sizes: rows of each expert; their sum is at most R.
     transpose_rhs: multiply by `rhs[e].T`.
-    implementation: 'cpu', 'blocks', 'reference', 'tpu', or None for the best one of the platform lowered for.
+    implementation: 'cpu', 'gpu', 'tpu', 'blocks', 'reference', or None for the best of the platform lowered for.
 
   Raises:
     ValueError: an unknown implementation, axes or widths that do not belong together, group sizes that are not
       int32, or (where they are known) negative or more than R together.
-    Unsupported: a type narrower than 16 bits, or no floating type; for 'tpu' see tpu.check.
+    Unsupported: a type narrower than 16 bits, or no floating type; for 'tpu' see tpu.check, for 'gpu' gpu.forward.
   """
   registry.check_name('grouped_matmul', implementation, NAMES)
   registry.check_dtypes('grouped_matmul', lhs=lhs, rhs=rhs)

@@ -7,6 +7,8 @@ import sys
 
 from tests.house.source import PROGRAMS, ROOT, python_files
 
+# JAX's Mosaic GPU notes there, when it is imported, where it found CUDA.
+BY_JAX = {'MOSAIC_GPU_CUDA_ROOT'}
 PROBE = """
 import importlib, json, os, sys
 from jax._src import xla_bridge
@@ -38,7 +40,8 @@ def test_importing_every_module_does_no_work():
     path[:-3].replace('/', '.').removesuffix('.__init__') for path in python_files(PROGRAMS)
   ]
   modules = [name for name in modules if not name.endswith('__main__')]
-  assert import_alone(modules) == {'environment': [], 'backend': False}
+  found = import_alone(modules)
+  assert set(found['environment']) <= BY_JAX and not found['backend'], found
 
 
 def test_work_on_import_is_noticed(tmp_path):

@@ -215,7 +215,9 @@ def test_tokens_sharded_over_a_mesh_equal_one_device(implementation, make_mesh):
 
 def test_unknown_names_are_refused_with_the_known_ones():
   arrays = BY_NAME['one expert'].arrays('float32')
-  with pytest.raises(ValueError, match="implementation='fast'.*'blocks', 'cpu', 'reference'"):
+  with pytest.raises(
+    ValueError, match="implementation='fast'.*'blocks', 'cpu', 'gpu', 'reference'"
+  ):
     apply(arrays, 'fast')
   with pytest.raises(ValueError, match="activation='tanh'.*gelu, relu, relu2, silu"):
     apply(arrays, 'cpu', activation='tanh')

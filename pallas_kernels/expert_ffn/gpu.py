@@ -1,0 +1,99 @@
+"""`expert_ffn` for NVIDIA Hopper, built of five kernels (SonicMoE, arXiv 2512.14080, section 3, without its scatter).
+
+Forward: rows gathered into the projection up, with the activation in its epilogue; down to packed rows; a gather and
+weighted sum. Saved beside x are the pre-activations only, in the type of x. Backward: the gradient of the hidden
+layer with the activation's slope, the weights' gradients and the hidden layer again in its epilogue; the gradient of
+the rows, then their sum; the two gradients of weights.
+"""
+
+import jax.numpy as jnp
+
+from ..hopper import depth, rows, tiles
+from ..hopper.epilogues import Hidden, HiddenGradient, Store
+from ..hopper.layout import Layout, collect, lay_out, spread
+from ..packed import take
+
+
+def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save, gather=True):
+  """(`y [T, D]`, pre-activations `[padded rows, 1 or 2 x F]` or None unless `save`).
+
+  `gather`: the kernels fetch rows of x and dy themselves, instead of reading copies that XLA makes.
+
+  Raises:
+    Unsupported: types other than one 16-bit type (w may be float32), widths that are no multiples of 128.
+  """
+  tiles.check_types('expert_ffn', x_td, w_gate=into[0], w_up=into[-1], w_down=w_down)
+  tiles.check_widths('expert_ffn', d_model=x_td.shape[1], d_ff=w_down.shape[1])
+  layout, token_p, _ = _rows(token_r, plan, w_down)
+  into, w_down = [w.astype(x_td.dtype) for w in into], w_down.astype(x_td.dtype)
+  x, indexed = _operand(x_td, token_p, gather)
+  width = w_down.shape[1]
+
+  up = Hidden(width, x_td.dtype, activation, len(into), save)
+  shape = tiles.choose(layout.tile, len(into) * width, sides=len(into))
+  hidden, *pre = rows.run('expert_ffn_up', x, into, layout, shape, up, **indexed)
+  shape = tiles.choose(layout.tile, x_td.shape[1])
+  down = Store(x_td.shape[1], x_td.dtype)
+  (y_pd,) = rows.run('expert_ffn_down', hidden, (w_down,), layout, shape, down)
+  y_td = _combine(y_pd, weight_r, token_r, plan, layout, x_td.shape[0], groups)
+  return y_td.astype(x_td.dtype), pre[0] if save else None
+
+
+def backward(
+  x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activation, groups, gather=True
+):
+  """Same values as cpu.backward, to the precision of the type of x."""
+  layout, token_p, row_p = _rows(token_r, plan, w_down)
+  narrow = [w.astype(x_td.dtype) for w in into]
+  weight_p = spread(weight_r.astype(jnp.float32), row_p)
+  x, x_indexed = _operand(x_td, token_p, gather)
+  dy, dy_indexed = _operand(dy_td, token_p, gather)
+  width, sides = w_down.shape[1], len(into)
+
+  gradient = HiddenGradient(width, x_td.dtype, activation, sides, pre, weight_p)
+  shape = tiles.choose(layout.tile, width, epilogue_buffers=sides)
+  down, options = (w_down.astype(x_td.dtype),), dict(transposed=True, **dy_indexed)
+  dpre, hidden, sums = rows.run('expert_ffn_dh', dy, down, layout, shape, gradient, **options)
+  dweight_r = collect(jnp.sum(sums, axis=0), layout, plan.starts[-1])
+  dweight_r = take(dweight_r, plan.position).astype(weight_r.dtype)
+
+  shape = tiles.choose(layout.tile, x_td.shape[1])
+  options = dict(transposed=True, summed=True)
+  out = Store(x_td.shape[1], x_td.dtype)
+  (dx_pd,) = rows.run('expert_ffn_dx', dpre, narrow, layout, shape, out, **options)
+  dx_td = _combine(dx_pd, None, token_r, plan, layout, x_td.shape[0], groups)
+
+  gathered = lambda side, indexed: dict(gathered=side, **indexed) if gather else {}
+  results, options = (sides, jnp.dtype(into[0].dtype)), gathered('left', x_indexed)
+  dinto = depth.run('expert_ffn_dw_into', x, dpre, layout, results, **options)
+  results, options = (1, jnp.dtype(w_down.dtype)), gathered('right', dy_indexed)
+  (ddown,) = depth.run('expert_ffn_dw_down', hidden, dy, layout, results, **options)
+  dinto = tuple(d.astype(w.dtype) for d, w in zip(dinto, into, strict=True))
+  return dx_td.astype(x_td.dtype), dweight_r, dinto, ddown
+
+
+def _rows(token_r, plan, w_down) -> tuple[Layout, jnp.ndarray, jnp.ndarray]:
+  """The padded layout; of each padded row the token, and the row of the assignment, -1 for padding."""
+  num_rows, num_experts = token_r.shape[0], w_down.shape[0]
+  layout = lay_out(plan.starts, num_rows, tiles.rows_per_tile(num_rows, num_experts))
+  row_p = jnp.where(layout.row < 0, -1, take(plan.order, jnp.maximum(layout.row, 0)))
+  token_p = jnp.where(row_p < 0, -1, take(token_r, jnp.maximum(row_p, 0)))
+  return layout, token_p, row_p
+
+
+def _operand(values, token_p, gather):
+  """What a kernel reads, and how it finds the rows."""
+  return (values, {'index': token_p}) if gather else (spread(values, token_p), {})
+
+
+def _combine(y_pd, weight_r, token_r, plan, layout, num_tokens, groups):
+  """Adds the rows of each token in float32, times their weights: `[P, D] -> [T, D]`."""
+  position_r = plan.position
+  kept = (position_r < plan.starts[-1])[:, None]
+  y_rd = jnp.where(kept, take(y_pd, take(layout.slot, position_r)), jnp.zeros((), y_pd.dtype))
+  y_rd = y_rd.astype(jnp.float32)
+  if weight_r is not None:
+    y_rd = y_rd * jnp.where(kept, weight_r.astype(jnp.float32)[:, None], 0)
+  if groups == num_tokens:  # token-major rows: a sum in a fixed order
+    return y_rd.reshape(num_tokens, -1, y_rd.shape[1]).sum(axis=1)  # [T, K, D] -> [T, D]
+  return jnp.zeros((num_tokens, y_rd.shape[1]), y_rd.dtype).at[token_r].add(y_rd)

@@ -1,0 +1,116 @@
+"""The Hopper bodies compiled to sm_90a machine code, without a GPU: what they ask of the multiprocessor.
+
+Needs the wheels of the extra aot_cuda (`.ci/aot` installs them into an environment of their own) and ptxas of
+CUDA 13 (on PATH or in /usr/local/cuda). That a kernel compiles so proves no ordering of memory and no speed.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.aot
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = 'tests/pallas_kernels/aot/compile_for_h200.py'
+THREADS, REGISTERS, SHARED_MEMORY = 384, 65536, 227 * 1024
+WHOLE_LAYER = {
+  'expert_ffn_up',
+  'expert_ffn_down',
+  'expert_ffn_dh',
+  'expert_ffn_dx',
+  'expert_ffn_dw_into',
+  'expert_ffn_dw_down',
+}
+
+
+def missing() -> str | None:
+  """Why nothing can be compiled here."""
+  if importlib.util.find_spec('jax_plugins') is None or not importlib.util.find_spec(
+    'jax_plugins.xla_cuda13'
+  ):
+    return 'jax-cuda13-plugin is not installed (extra aot_cuda)'
+  if not shutil.which('ptxas') and not pathlib.Path('/usr/local/cuda/bin/ptxas').exists():
+    return 'no ptxas, neither on PATH nor in /usr/local/cuda/bin'
+  return None
+
+
+@pytest.fixture(scope='module')
+def kernels(tmp_path_factory):
+  """Facts by (program, kernel)."""
+  if (reason := missing()) is not None:
+    pytest.skip(reason)
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'}
+  command = [sys.executable, SCRIPT, str(tmp_path_factory.mktemp('kernels'))]
+  done = subprocess.run(
+    command,
+    cwd=ROOT,
+    env=env | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=280,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  return {(row['program'], row['kernel']): row for row in rows}
+
+
+def kernels_of(kernels, program):
+  return {name: row for (of, name), row in kernels.items() if of == program}
+
+
+def test_every_kernel_of_forward_and_backward_is_compiled(kernels):
+  for program in ('layer fine', 'layer coarse plain', 'layer decode'):
+    assert set(kernels_of(kernels, program)) == WHOLE_LAYER
+  assert set(kernels_of(kernels, 'layer contiguous')) == {'expert_ffn_up', 'expert_ffn_down'}
+  for program in ('matmul gathered', 'matmul contiguous'):
+    assert set(kernels_of(kernels, program)) == {'grouped_matmul', 'grouped_matmul_drhs'}
+
+
+def test_nothing_is_spilled_and_everything_fits_a_multiprocessor(kernels):
+  for name, row in kernels.items():
+    assert row['stack'] == 0 and row['spills'] and not any(row['spills']), (name, row)
+    assert row['registers'] * THREADS <= REGISTERS, (name, row)
+    assert row['shared memory'] <= SHARED_MEMORY, (name, row)
+    assert not row['serialised'], (name, row)
+
+
+def test_warpgroups_do_not_wait_for_registers_that_nobody_gives(kernels):
+  """What the loader keeps and the two consumers take is at most what a block has at its start."""
+  for name, row in kernels.items():
+    loader, consumer = sorted(row['shares'])
+    assert loader + 2 * consumer <= 3 * row['registers'], (name, row)
+
+
+def test_products_are_as_wide_as_the_tensor_cores_take_them(kernels):
+  """64 x 256 per warpgroup; two accumulators of 64 x 128 behind a gate, and 64 x 128 beside saved tiles."""
+  for program in ('layer fine', 'layer coarse plain'):
+    rows = kernels_of(kernels, program)
+    for name in ('expert_ffn_down', 'expert_ffn_dx', 'expert_ffn_dw_into', 'expert_ffn_dw_down'):
+      assert rows[name]['products'] == ['m64n256k16'], (program, name)
+    assert rows['expert_ffn_dh']['products'] == ['m64n128k16']
+  assert kernels_of(kernels, 'layer fine')['expert_ffn_up']['products'] == ['m64n128k16']
+  assert kernels_of(kernels, 'layer coarse plain')['expert_ffn_up']['products'] == ['m64n256k16']
+  for row in kernels_of(kernels, 'matmul contiguous').values():
+    assert row['products'] == ['m64n256k16']
+
+
+def test_gathered_rows_come_in_pieces_of_16_bytes_and_the_others_by_bulk_copies(kernels):
+  gathering = {'expert_ffn_up', 'expert_ffn_dh', 'expert_ffn_dw_into', 'expert_ffn_dw_down'}
+  gathering |= {'grouped_matmul', 'grouped_matmul_drhs'}
+  for (program, name), row in kernels.items():
+    assert row['bulk loads'] > 0, (program, name)
+    if name in gathering and 'contiguous' not in program:
+      assert row['gathers'] and {tuple(g) for g in row['gathers']} == {('cg', '16')}, (
+        program,
+        name,
+      )
+      assert set(row['waits']) == {0, 2}, (program, name)  # the ring's lag, and its end
+    else:
+      assert not row['gathers'] and not row['waits'], (program, name)
