@@ -80,7 +80,9 @@ def get_config() -> ConfigDict:
   config.model.moe.output_norm = False
   config.model.moe.momentum = ConfigDict()  # over depth: {'name': 'heavy_ball'}, adam, robust
   config.model.moe.dispatch = 'fused'  # fused, sorted, einsum
-  config.model.moe.exchange = 'auto'  # between devices: auto, local, all_gather
+  # between devices: auto, local, all_gather, all_to_all, ragged_all_to_all, ragged_fallback, bilevel
+  config.model.moe.exchange = 'auto'
+  config.model.moe.exchange_options = ConfigDict()  # of that exchange: {'capacity_factor': 1.25}
   config.model.moe.router = ConfigDict({'name': 'top_k', 'k': 2})  # and that router's own options
   config.model.moe.losses = ConfigDict({'balance': 0.01, 'z': 0.001})  # coefficients by name
 
@@ -98,7 +100,8 @@ def get_config() -> ConfigDict:
   config.optim.clip_norm = 1.0  # of the global gradient; 0: off
   config.optim.bias_rate = 0.0  # loss-free balancing: step of the router bias; 0: off
 
-  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1})  # devices an axis; -1: the rest
+  # devices an axis; -1: the rest
+  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1, 'tensor': 1})
   config.eval = ConfigDict({'every': 200, 'batches': 8})  # every 0: never
   config.checkpoint = ConfigDict({'every': 500, 'keep': 2})  # every 0: at the end only
   config.log = ConfigDict({'every': 10, 'tensorboard': True, 'report': True})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,10 @@ from experiments.optim import make_optimizer
 from experiments.program import Program
 from experiments.settings import ModelSettings, Settings
 from experiments.state import ModelDef
-from moejax.mesh.make import AXES, make_mesh
+from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.moe.dispatch import DISPATCHES
-from moejax.moe.exchange import AllGather, Exchange, Local, single
+from moejax.moe.exchange import Exchange, single
+from moejax.moe.exchange import make_exchange as exchange_by_name
 from moejax.moe.layer import MoE
 from moejax.moe.losses import check_losses
 from moejax.routers import SHARED, Flags, make_shared
@@ -148,10 +150,12 @@ def build_mesh(settings: Settings) -> Mesh:
   except ValueError as error:
     raise BadInput(str(error)) from error
   microbatch = settings.batch_size // settings.microbatches
-  if microbatch % mesh.size:
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if microbatch % shards:
     raise BadInput(
       f'batch_size={settings.batch_size} in microbatches={settings.microbatches} of {microbatch} does not divide '
-      f'over the {mesh.size} devices of the mesh'
+      f'over the {shards} devices of the mesh'
+      + ('' if shards == mesh.size else f' axes {", ".join(BATCH_AXES)}')
     )
   return mesh
 
@@ -258,17 +262,27 @@ def router_facts(model: ModelSettings) -> RouterFacts:
 
 
 def make_exchange(settings: Settings, mesh: Mesh) -> Exchange:
-  """'auto': nothing on one device, `Local` where experts are replicated and rows stay put, else `AllGather`."""
-  name = settings.model.moe.exchange
+  """'auto': nothing on one device, 'local' where experts are replicated and rows stay put, else 'all_gather'.
+
+  Raises:
+    BadInput: an option that the exchange does not take, or 'local' for routers whose rows do not stay put.
+  """
+  moe = settings.model.moe
   if mesh.size == 1:
     return single
-  local = mesh.shape['expert'] == 1 and router_facts(settings.model).flags.stays_in_sequence
-  if name == 'local' and not local:
+  stays = router_facts(settings.model).flags.stays_in_sequence
+  name = moe.exchange
+  if name == 'auto':
+    name = 'local' if mesh.shape['expert'] == 1 and stays else 'all_gather'
+  if name == 'local' and not stays:
     raise BadInput(
-      f"model.moe.exchange='local' with mesh axis expert={mesh.shape['expert']} and router "
-      f"{settings.model.moe.router['name']!r}: accepted is 'all_gather'"
+      f"model.moe.exchange='local' with router {moe.router['name']!r}, whose rows leave their sequence: "
+      "accepted is 'all_gather'"
     )
-  return Local(mesh, AXES) if local and name != 'all_gather' else AllGather(mesh, AXES)
+  try:
+    return exchange_by_name(name, mesh, BATCH_AXES, moe.exchange_options)
+  except (TypeError, ValueError) as error:
+    raise BadInput(f'model.moe: {error}') from error
 
 
 def compute_dtype(settings: Settings, mesh: Mesh) -> Any:

@@ -28,7 +28,12 @@ from experiments.settings import Settings
 
 _ROUTER = 'model.moe.router'
 # their keys are a router's, losses, kinds of experts
-_OPEN_SECTIONS = (_ROUTER, 'model.moe.losses', 'model.moe.zero_experts')
+_OPEN_SECTIONS = (
+  _ROUTER,
+  'model.moe.losses',
+  'model.moe.zero_experts',
+  'model.moe.exchange_options',
+)
 _TYPE_NAMES = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a str'}
 
 _USAGE = """usage: python -m {program} --config FILE.py[:arg] [--config.key=value ...] [--workdir DIR]

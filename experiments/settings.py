@@ -65,7 +65,16 @@ class MoESettings:
   output_norm: bool
   momentum: dict[str, Any]  # 'name' and options; empty for none
   dispatch: Literal['fused', 'sorted', 'einsum']
-  exchange: Literal['auto', 'local', 'all_gather']
+  exchange: Literal[
+    'auto',
+    'local',
+    'all_gather',
+    'all_to_all',
+    'ragged_all_to_all',
+    'ragged_fallback',
+    'bilevel',
+  ]
+  exchange_options: dict[str, Any]  # of that exchange, checked where it is made
   router: dict[str, Any]  # 'name' and that router's own options
   losses: dict[str, Annotated[float, _not_negative]]  # coefficients by name of the loss
 
@@ -129,6 +138,7 @@ class MeshSettings:
   data: Annotated[int, _axis]
   fsdp: Annotated[int, _axis]
   expert: Annotated[int, _axis]
+  tensor: Annotated[int, _axis]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ MAY_CHANGE = (
   'model.unroll',
   'model.moe.dispatch',
   'model.moe.exchange',
+  'model.moe.exchange_options',
   'mesh',
   'eval',
   'checkpoint',

@@ -147,6 +147,7 @@ class RoutingStats:
     entropy: scalar, sum of the entropies of `Scores.probs`, in nats.
     sequence_balance: scalar, sum over sequences of its real tokens times its balance loss.
     unrouted: scalar, tokens that no expert worked on.
+    lost: scalar, rows that an exchange between devices had no room for, none of which is in `kept_e`; None: no layer.
     sparsity: scalar, sum of the L1 norms of `Scores.probs`, each of unit L2 norm.
     cost_e: `[E]`, tokens times the relative cost of the expert; None: all cost the same.
     guidance: scalar, sum of `Scores.guidance`; None where there is none.
@@ -166,6 +167,7 @@ class RoutingStats:
   sequence_balance: Array
   unrouted: Array
   sparsity: Array | None = None
+  lost: Array | None = None
   cost_e: Array | None = None
   guidance: Array | None = None
   clusters: int = dataclasses.field(default=1, metadata=STATIC)

@@ -26,4 +26,6 @@ AXES: dict[str, str] = {
   'Q': 'image channels',
   'O': 'outputs: classes',
   'W': 'rows of one kernel block',
+  'U': 'places of a buffer that rows travel in between devices',
+  'Z': 'devices along a mesh axis',
 }

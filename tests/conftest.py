@@ -52,6 +52,14 @@ def _checked_modules() -> list[str]:
 jaxtyping.install_import_hook(_checked_modules(), 'beartype.beartype')
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    '--full-matrix',
+    action='store_true',
+    help='every router on every exchange and mesh as a whole layer (tests/test_every_exchange.py); an hour',
+  )
+
+
 def pytest_collection_modifyitems(items):
   """Tests of one file run in one process, and of a table of routers those of one row."""
   for item in items:

@@ -1,4 +1,4 @@
-"""One mesh for every strategy: axes `data`, `fsdp` and `expert`."""
+"""One mesh for every strategy: axes `data`, `fsdp`, `expert` and `tensor`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,34 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-AXES = ('data', 'fsdp', 'expert')
-"""Mesh axes; the batch is sharded over all of them, experts over the last, other weights over `fsdp`."""
+BATCH_AXES = ('data', 'fsdp', 'expert')
+"""Mesh axes that the batch is sharded over."""
+
+AXES = (*BATCH_AXES, 'tensor')
+"""Mesh axes: experts are sharded over `expert`, hidden widths and heads over `tensor`, model widths over `fsdp`."""
 
 
 def make_mesh(
-  data: int = -1, fsdp: int = 1, expert: int = 1, *, devices: Sequence[jax.Device]
+  data: int = -1,
+  fsdp: int = 1,
+  expert: int = 1,
+  tensor: int = 1,
+  *,
+  devices: Sequence[jax.Device],
 ) -> Mesh:
-  """A mesh of `data * fsdp * expert` devices.
+  """A mesh of `data * fsdp * expert * tensor` devices.
+
+  Neighbours in `devices` are neighbours along the last axes, so those are the ones for fast networks: `tensor` moves
+  most, then `expert`.
 
   Args:
-    data, fsdp, expert: sizes; one of them may be -1, what is left of the devices.
+    data, fsdp, expert, tensor: sizes; one of them may be -1, what is left of the devices.
     devices: the devices, in the order of the mesh.
 
   Raises:
     ValueError: sizes that do not fit the devices.
   """
-  sizes = {'data': data, 'fsdp': fsdp, 'expert': expert}
+  sizes = {'data': data, 'fsdp': fsdp, 'expert': expert, 'tensor': tensor}
   given = {axis: size for axis, size in sizes.items() if size != -1}
   for axis, size in given.items():
     if size < 1:

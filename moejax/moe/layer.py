@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ class MoE(nnx.Module):
     activation, gated: see `Experts`.
     losses: name -> coefficient, names of `moejax.moe.losses.LOSSES`.
     dispatch: `fused`, `sorted_rows` or `einsum` of moejax/moe/dispatch.py.
-    exchange: `single`, or a `Local` or `AllGather` of moejax/moe/exchange.py.
+    exchange: `single`, or one of moejax/moe/exchange.
     dtype: type of the experts' computation; router, softmax, losses and master weights are float32 always.
     output_norm: RMS normalisation of the output (a learnt scale).
     momentum: None, or a short name or `{'name': ..., **options}` of moejax/moe/momentum.py: the output remembers those
@@ -151,7 +152,10 @@ class MoE(nnx.Module):
       x_bsd = self.momentum.reads(x_bsd, state)
     scores, plan = self.router.route(x_bsd, context)
     state |= scores.state or {}
-    y_bsd = self._mix(x_bsd, plan) if isinstance(plan, SoftPlan) else self._send(x_bsd, plan)
+    if isinstance(plan, SoftPlan):
+      y_bsd, lost = self._mix(x_bsd, plan), jnp.zeros((), scores.probs.dtype)
+    else:
+      y_bsd, plan, lost = self._send(x_bsd, plan, scores.probs.dtype)
     if self.shared is not None:
       y_bsd = self._add_shared(x_bsd, y_bsd)
     if self.output_norm is not None:
@@ -162,6 +166,7 @@ class MoE(nnx.Module):
       y_bsd, left = self.momentum(y_bsd.astype(wide_dtype(x.dtype)), state)
       state |= left
     stats = routing_stats(scores, plan, context, self._costs(scores.probs.shape[-1]))
+    stats = dataclasses.replace(stats, lost=lost)
     losses = weighted_losses(stats, dict(self.losses))
     aux = Aux(losses, routing_metrics(stats), stats, as_given(state, x.shape) if state else None)
     return y_bsd.astype(x.dtype).reshape(x.shape), aux
@@ -173,14 +178,25 @@ class MoE(nnx.Module):
       state |= self.momentum.initial_state(x_bsd.shape, wide_dtype(x_bsd.dtype))
     return state
 
-  def _send(self, x_bsd: Array, assignment: Assignment) -> Array:
+  def _send(
+    self, x_bsd: Array, assignment: Assignment, dtype: jnp.dtype
+  ) -> tuple[Array, Assignment, Array]:
+    """Outputs, the rows that were worked on, and how many of those that should have been were not."""
     x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
     num_experts = self.experts.num_experts
     rows = rows_of_bank(assignment, num_experts)
-    y_td = self.exchange(x_td, rows, self.experts, self.dispatch)
+    y_td, lost_r = self.exchange(x_td, rows, self.experts, self.dispatch)
     if self.zero is not None:
       y_td = y_td + self.zero(x_td, assignment, num_experts)
-    return y_td.reshape(x_bsd.shape)
+    y_bsd = y_td.reshape(x_bsd.shape)
+    if lost_r is None:
+      return y_bsd, assignment, jnp.zeros((), dtype)
+    worked = dataclasses.replace(
+      assignment,
+      expert=jnp.where(lost_r, assignment.num_experts, assignment.expert),
+      weight=jnp.where(lost_r, 0, assignment.weight),
+    )
+    return y_bsd, worked, lost_r.sum(dtype=dtype)
 
   def _add_shared(self, x_bsd: Array, y_bsd: Array) -> Array:
     shared_bsd = self.shared.slots(x_bsd[:, None])[:, 0]
@@ -196,7 +212,7 @@ class MoE(nnx.Module):
     return (1.0,) * num_experts + (self.zero_cost,) * (num_all - num_experts)
 
   def _mix(self, x_bsd: Array, plan: SoftPlan) -> Array:
-    """Slots instead of rows: einsums that the compiler shards, whatever the exchange."""
+    """Slots instead of rows: made where the tokens are, and only they travel."""
     if self.zero is not None:
       raise ValueError('zero_experts with a soft router: accepted are routers that choose experts')
     parts = [part.astype(self.experts.dtype) for part in (plan.dispatch, plan.combine, x_bsd)]
@@ -204,7 +220,7 @@ class MoE(nnx.Module):
       parts = [to_groups(part, 'position', plan.across) for part in parts]
     dispatch, combine, mixed_bsd = parts
     slots_bepd = jnp.einsum('BSEP,BSD->BEPD', dispatch, mixed_bsd)
-    y_bsd = jnp.einsum('BSEP,BEPD->BSD', combine, self.experts.slots(slots_bepd))
+    y_bsd = jnp.einsum('BSEP,BEPD->BSD', combine, self.exchange.slots(slots_bepd, self.experts))
     shape = (x_bsd.shape[0], x_bsd.shape[1])
     return from_groups(y_bsd, 'position', shape) if plan.across else y_bsd
 

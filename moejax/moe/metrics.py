@@ -16,7 +16,8 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Array]:
     weight: `[E]`, fraction of the combine weight.
     max_load: largest load over the mean one; 1 is perfect balance.
     entropy: mean entropy of the router's probabilities, in nats.
-    dropped: fraction of the wanted rows that found no place.
+    dropped: fraction of the wanted rows that found no place, at an expert or on their way to it.
+    lost: fraction of them that found none on their way, in an exchange between devices.
     unrouted: fraction of the tokens that no expert worked on.
   """
   load_e = stats.kept_e / jnp.maximum(stats.kept_e.sum(), 1)
@@ -28,5 +29,6 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Array]:
     'max_load': load_e.max() * jnp.asarray(load_e.shape[0], load_e.dtype),
     'entropy': stats.entropy / tokens,
     'dropped': (wanted - stats.kept_e.sum()) / jnp.maximum(wanted, 1),
+    'lost': jnp.zeros_like(wanted) if stats.lost is None else stats.lost / jnp.maximum(wanted, 1),
     'unrouted': stats.unrouted / tokens,
   }

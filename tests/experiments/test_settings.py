@@ -38,6 +38,7 @@ def _config_keys(config, prefix=''):
       'model.moe.losses',
       'model.moe.zero_experts',
       'model.moe.momentum',
+      'model.moe.exchange_options',
     )
     keys |= _config_keys(value, f'{prefix}{name}.') if nested else {prefix + name}
   return keys

@@ -14,7 +14,7 @@ from experiments.place import place_batch
 from experiments.state import ModelDef, make_state
 from experiments.step import Control, layer_losses, make_eval_step, make_train_step
 from moejax import MoE
-from moejax.mesh.make import AXES, make_mesh
+from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.moe.exchange import AllGather, single
 from moejax.moe.losses import LOSSES
 from moejax.transformer import Decoder
@@ -42,7 +42,7 @@ def make(
   mesh=None, optimizer=None, *, microbatches=1, bias_rate=0.0, losses=ALL_LOSSES, dtype=jnp.float32
 ):
   """State, step and batch placement of a two-layer mixture on one device or on a mesh."""
-  exchange = single if mesh is None else AllGather(mesh, AXES)
+  exchange = single if mesh is None else AllGather(mesh, BATCH_AXES)
   mesh = mesh or make_mesh(devices=jax.devices()[:1])
   moe = functools.partial(MoE, 8, 12, 4, dict(ROUTER), losses={}, exchange=exchange, dtype=dtype)
   definition = ModelDef(

@@ -7,7 +7,9 @@ from tests.house.source import LIBRARY, calls, dotted, parse
 
 ARRAY_TYPE = re.compile(r'(B?Float|U?Int|Complex)\d*$|(Bool|Num|Shaped|Inexact|Integer|Real|Key)$')
 # Ends of names that could be read as axes and are words.
-WORDS = set('id ids lo ref fn eps kept bits rest step rope cos sin by down'.split())
+WORDS = set(
+  'id ids lo ref fn eps kept bits rest step rope cos sin by up down out num sum run use'.split()
+)
 
 
 def legend() -> dict[str, str]:
@@ -96,8 +98,8 @@ OFFENDERS = [
   (dimensions_in_legend, 'moejax/a.py', "def f(x: Float[Array, 'T X']): return x"),
   (dimensions_in_legend, 'moejax/a.py', "def f(x: Float[Array, 'TK D']): return x"),
   (dimensions_in_legend, 'moejax/a.py', "def f(x) -> tuple[Int[Array, 't'], int]: return x"),
-  (dimensions_in_legend, 'moejax/a.py', "def f(x: jt.Float32[Array, 'T U*D'] | None): return x"),
-  (suffixes_in_legend, 'moejax/a.py', 'x_tz = f(x)'),
+  (dimensions_in_legend, 'moejax/a.py', "def f(x: jt.Float32[Array, 'T X*D'] | None): return x"),
+  (suffixes_in_legend, 'moejax/a.py', 'x_tx = f(x)'),
   (suffixes_in_legend, 'moejax/a.py', "def f(x_td: Float[Array, 'D T']): return x_td"),
   (suffixes_in_legend, 'moejax/a.py', "x_td: Float[Array, 'T D E'] = f()"),
   (einsums_in_legend, 'moejax/a.py', "jnp.einsum('tx,xd->td', x, w)"),

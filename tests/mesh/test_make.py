@@ -9,7 +9,7 @@ from moejax.mesh.make import AXES, make_mesh
 
 def test_minus_one_takes_the_rest_and_axes_are_automatic():
   mesh = make_mesh(data=-1, expert=4, devices=jax.devices())
-  assert dict(mesh.shape) == {'data': 2, 'fsdp': 1, 'expert': 4}
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 1, 'expert': 4, 'tensor': 1}
   assert mesh.axis_names == AXES
   assert set(mesh.axis_types) == {AxisType.Auto}
 

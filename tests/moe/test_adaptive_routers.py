@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import Context, MoE, make_router, oracle
-from moejax.mesh.make import AXES, make_mesh
+from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.moe import losses
 from moejax.moe.exchange import AllGather, single
 from moejax.moe.stats import routing_stats
@@ -399,10 +399,10 @@ def test_on_a_mesh_only_rows_of_the_bank_travel(name):
   mesh = make_mesh(2, 1, 4, devices=jax.devices())
   x = tokens((8, 6, D))
   results = []
-  for exchange in (single, AllGather(mesh, AXES)):
+  for exchange in (single, AllGather(mesh, BATCH_AXES)):
     graph, state = nnx.split(zero_layer(router, exchange=exchange))
     loss = lambda state, x, graph=graph: (nnx.merge(graph, state)(x)[0] ** 2).sum()
-    sharding = NamedSharding(mesh, P(AXES))
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
     placed = x if exchange is single else jax.device_put(x, sharding)
     results.append(jax.jit(jax.value_and_grad(loss, (0, 1)))(state, placed))
   for a, b in zip(*map(jax.tree.leaves, results), strict=True):

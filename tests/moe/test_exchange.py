@@ -1,4 +1,7 @@
-"""Every router on eight simulated devices is the router on one: value, gradients, statistics, losses."""
+"""What an exchange loses is counted, what it cannot do is refused, and no more travels than must.
+
+Values and gradients of every router under every exchange: tests/test_every_exchange.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,141 +11,234 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax import Context, MoE
-from moejax.mesh.make import AXES, make_mesh
-from moejax.moe.dispatch import DISPATCHES
-from moejax.moe.exchange import AllGather, Local, single
+from moejax import Assignment, Context, MoE, oracle
+from moejax.mesh.make import BATCH_AXES, make_mesh
+from moejax.mesh.traffic import collectives
+from moejax.moe.dispatch import DISPATCHES, einsum
+from moejax.moe.exchange import EXCHANGES, exchange_options, make_exchange, single
 
-B, S, D, E, F = 8, 6, 8, 4, 6
-
-ROUTERS = {
-  'top_k': {'name': 'top_k', 'k': 2},
-  'capped': {'name': 'top_k', 'capacity_factor': 0.6, 'priority': 'choice_major'},
-  'noisy': {'name': 'top_k', 'k': 1, 'noise_std': 1.0},
-  'expert_choice': {'name': 'expert_choice'},
-  'expert_choice_batch': {'name': 'expert_choice', 'group': 'batch'},
-  'expert_choice_position': {
-    'name': 'expert_choice',
-    'group': 'position',
-    'softmax_over': 'tokens',
-  },
-  'soft': {'name': 'soft', 'slots': 2},
-  'dense': {'name': 'dense'},
-}
-MESHES = {'8x1x1': (8, 1, 1), '2x1x4': (2, 1, 4), '2x2x2': (2, 2, 2)}
+B, S, D, E, F, K = 8, 6, 8, 8, 4, 2
+T, R = B * S, B * S * K
 
 
-def apply(layer, x, skew):
-  """Loss, outputs, stats and gradients; `skew` moves all tokens towards the experts of one direction."""
-  graph, state = nnx.split(layer)
-  mask = jnp.arange(S)[None] < jnp.array([S, S, 2, S, S, 4, S, S])[:, None]
-  context = Context(mask=mask, rng=jax.random.key(1), train=True)
-
-  def objective(state, x):
-    y, aux = nnx.merge(graph, state)(x + skew, context)
-    return (y**2).sum() + sum(aux.losses.values()), (y, aux.stats)
-
-  (loss, (y, stats)), gradients = jax.jit(
-    jax.value_and_grad(objective, (0, 1), has_aux=True, allow_int=True)
-  )(state, x)
-  return jax.tree.map(np.asarray, (loss, y, stats, nnx.to_pure_dict(gradients[0]), gradients[1]))
+def make_layer(exchange, router=None, dispatch='einsum', **options):
+  options = {'losses': {}, 'dispatch': DISPATCHES[dispatch], **options}
+  router = router or {'name': 'top_k', 'k': K}
+  return MoE(D, F, E, router, exchange=exchange, **options, rngs=nnx.Rngs(0))
 
 
-def check_same(got, want):
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    assert np.abs(a - b).max() <= 2e-6 * max(np.abs(b).max(), 1e-2)
+def tokens():
+  return jax.random.normal(jax.random.key(2), (B, S, D), jnp.float32)
 
 
-@pytest.fixture(scope='module')
-def reference():
-  """The layer on one device, computed once a router and skew."""
-  cache = {}
-
-  def compute(router, skew):
-    if (router, skew) not in cache:
-      cache[router, skew] = apply(*layer_and_tokens(router, single), skew)
-    return cache[router, skew]
-
-  return compute
+def on(mesh, x):
+  return jax.device_put(x, NamedSharding(mesh, P(BATCH_AXES)))
 
 
-def layer_and_tokens(router, exchange, dispatch='fused'):
-  losses = {'balance': 1.0, 'z': 0.1, 'sequence_balance': 0.1}
-  layer = MoE(
-    D,
-    F,
-    E,
-    ROUTERS[router],
-    losses=losses,
-    exchange=exchange,
-    dispatch=DISPATCHES[dispatch],
-    rngs=nnx.Rngs(0),
+def crowded_rows(rng):
+  """Of each token two distinct experts, most of them on the first two of four owners."""
+  odds = np.array([8, 8, 4, 4, 1, 1, 1, 1]) / 28
+  expert = np.stack([rng.choice(E, K, replace=False, p=odds) for _ in range(T)])
+  return expert.reshape(-1).astype(np.int32), rng.uniform(0.1, 1, R).astype(np.float32)
+
+
+def send(exchange, mesh, expert, weight):
+  """`(y, lost rows)` of the exchange, and a function of the rows that must have arrived -> y by the oracle."""
+  experts = make_layer(single).experts
+  x_td = tokens().reshape(T, D)
+  token = np.repeat(np.arange(T, dtype=np.int32), K)
+
+  def run(x_td, expert, weight):
+    plan = Assignment(jnp.asarray(token), expert, weight, expert, E, T)
+    return exchange(x_td, plan, experts, einsum)
+
+  y, lost = jax.jit(run)(
+    on(mesh, x_td), on(mesh, jnp.asarray(expert)), on(mesh, jnp.asarray(weight))
   )
-  return layer, jax.random.normal(jax.random.key(2), (B, S, D))
+
+  def want(arrived):
+    rows = (jnp.where(arrived, expert, E), jnp.where(arrived, weight, 0))
+    return oracle.moe(x_td, Assignment(jnp.asarray(token), *rows, rows[0], E, T), experts)
+
+  return y, np.asarray(lost), want
 
 
-@pytest.mark.parametrize('skew', [0.0, 3.0], ids=['even', 'skewed'])
-@pytest.mark.parametrize('mesh', MESHES)
-@pytest.mark.parametrize('router', ROUTERS)
-def test_all_gather_is_the_single_device(router, mesh, skew, reference):
-  sizes = make_mesh(*MESHES[mesh], devices=jax.devices())
-  layer, x = layer_and_tokens(router, AllGather(sizes, AXES))
-  x = jax.device_put(x, NamedSharding(sizes, P(AXES)))
-  check_same(apply(layer, x, skew), reference(router, skew))
-
-
-@pytest.mark.parametrize('router', ['top_k', 'capped', 'expert_choice', 'dense'])
-def test_local_is_the_single_device(router, reference):
-  mesh = make_mesh(devices=jax.devices())
-  layer, x = layer_and_tokens(router, Local(mesh, AXES))
-  x = jax.device_put(x, NamedSharding(mesh, P(AXES)))
-  check_same(apply(layer, x, 0.0), reference(router, 0.0))
-
-
-@pytest.mark.parametrize('dispatch', sorted(set(DISPATCHES) - {'fused'}))
-def test_every_dispatch_goes_with_an_exchange(dispatch, reference):
+def test_all_to_all_loses_the_last_rows_of_a_full_destination_and_says_which(rng):
+  """Four owners of two experts, two data shards: ceil(1 * 12 / 4) = 3 places from each device to each owner."""
   mesh = make_mesh(2, 1, 4, devices=jax.devices())
-  layer, x = layer_and_tokens('top_k', AllGather(mesh, AXES), dispatch)
-  x = jax.device_put(x, NamedSharding(mesh, P(AXES)))
-  check_same(apply(layer, x, 0.0), reference('top_k', 0.0))
+  expert, weight = crowded_rows(rng)
+  exchange = make_exchange('all_to_all', mesh, BATCH_AXES, {'capacity_factor': 1})
+  y, lost, want = send(exchange, mesh, expert, weight)
+  must = np.zeros(R, bool)
+  for device in range(8):
+    seen = {}
+    for row in range(device * R // 8, (device + 1) * R // 8):
+      owner = expert[row] // 2
+      seen[owner] = seen.get(owner, 0) + 1
+      must[row] = seen[owner] > 3
+  assert must.sum() > 10
+  np.testing.assert_array_equal(lost, must)
+  np.testing.assert_allclose(y, want(~must), rtol=1e-5, atol=1e-6)
 
 
-def test_the_comparison_can_fail(reference):
-  """Experts moved by one device give other outputs: the tolerance sees it."""
-  layer, x = layer_and_tokens('top_k', single)
-  nnx.update(layer.experts, jax.tree.map(lambda w: jnp.roll(w, 1, 0), nnx.split(layer.experts)[1]))
-  with pytest.raises(AssertionError):
-    check_same(apply(layer, x, 0.0), reference('top_k', 0.0))
+def test_a_full_ragged_buffer_loses_the_rows_of_the_last_devices(rng):
+  """One buffer of 12 places an owner, filled in the order of the senders."""
+  mesh = make_mesh(2, 1, 4, devices=jax.devices())
+  expert, weight = crowded_rows(rng)
+  exchange = make_exchange('ragged_all_to_all', mesh, BATCH_AXES, {'buffer_factor': 1})
+  y, lost, want = send(exchange, mesh, expert, weight)
+  must = np.zeros(R, bool)
+  for data in range(2):
+    seen = {}
+    for row in range(data * R // 2, (data + 1) * R // 2):
+      owner = expert[row] // 2
+      seen[owner] = seen.get(owner, 0) + 1
+      must[row] = seen[owner] > 12
+  assert must.sum() > 10
+  np.testing.assert_array_equal(lost, must)
+  np.testing.assert_allclose(y, want(~must), rtol=1e-5, atol=1e-6)
 
 
-def test_what_cannot_be_exchanged_is_refused_by_name():
-  mesh = make_mesh(devices=jax.devices())
-  layer, x = layer_and_tokens('expert_choice_batch', Local(mesh, AXES))
-  with pytest.raises(ValueError, match="exchange='local' .* accepted is exchange='all_gather'"):
-    layer(x)
-  layer, x = layer_and_tokens('top_k', Local(mesh, AXES))
+def test_rows_lost_in_the_second_hop_are_told_to_their_device(rng):
+  """Two nodes of two devices: what arrives is what is not called lost, and both hops lose something."""
+  mesh = make_mesh(2, 1, 4, devices=jax.devices())
+  expert, weight = crowded_rows(rng)
+  options = {'capacity_factor': 1, 'nodes': 2}
+  y, lost, want = send(make_exchange('bilevel', mesh, BATCH_AXES, options), mesh, expert, weight)
+  np.testing.assert_allclose(y, want(~lost), rtol=1e-5, atol=1e-6)
+  first = np.zeros(R, bool)
+  for device in range(8):
+    seen = {}
+    for row in range(device * R // 8, (device + 1) * R // 8):
+      node = expert[row] // 4
+      seen[node] = seen.get(node, 0) + 1
+      first[row] = seen[node] > 6
+  assert (lost & first == first).all()
+  assert lost.sum() > first.sum() > 0
+
+
+def test_lost_rows_are_in_the_metrics_apart_from_those_over_capacity():
+  """Statistics count what experts worked on: the wanted rows less both kinds of drops."""
+  mesh = make_mesh(2, 1, 4, devices=jax.devices())
+  exchange = make_exchange('all_to_all', mesh, BATCH_AXES, {'capacity_factor': 0.5})
+  router = {'name': 'top_k', 'k': K, 'capacity_factor': 0.8}
+  layer, alone = make_layer(exchange, router), make_layer(single, router)
+  aux = jax.jit(lambda x: layer(x, Context(train=True))[1])(on(mesh, tokens()))
+  without = jax.jit(lambda x: alone(x, Context(train=True))[1])(tokens())
+  assert float(without.metrics['lost']) == float(without.stats.lost) == 0
+  lost, capped = float(aux.stats.lost), R - float(without.stats.kept_e.sum())
+  assert lost > 0
+  assert capped > 0
+  assert float(aux.stats.kept_e.sum()) == R - capped - lost
+  assert float(aux.metrics['lost']) == pytest.approx(lost / R)
+  assert float(aux.metrics['dropped']) == pytest.approx((lost + capped) / R)
+  np.testing.assert_array_equal(aux.stats.chosen_e, without.stats.chosen_e)
+
+
+def test_rows_of_experts_without_computation_never_travel():
+  """MoE++ with a router that wants nothing but copies: not one place is needed, and nothing is lost."""
+  mesh = make_mesh(1, 1, 8, devices=jax.devices())
+  exchange = make_exchange('all_to_all', mesh, BATCH_AXES, {'capacity_factor': 0.01})
+  layer = make_layer(exchange, {'name': 'top_k', 'k': 1}, zero_experts={'copy': 1})
+  kernel = layer.router.scorer.kernel
+  kernel[...] = jnp.zeros_like(kernel[...]).at[0, E].set(9.0)
+  x = jnp.abs(tokens()) + 1
+  y, aux = jax.jit(lambda x: layer(x))(on(mesh, x))
+  assert float(aux.stats.kept_e[E]) == T
+  assert float(aux.stats.lost) == 0
+  share = np.asarray(y) / np.asarray(x)  # one number a token
+  assert share.min() > 0
+  np.testing.assert_allclose(share, np.broadcast_to(share[..., :1], x.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize('dispatch', DISPATCHES)
+def test_every_dispatch_goes_with_an_exchange(dispatch):
+  mesh = make_mesh(2, 1, 2, 2, devices=jax.devices())
+  exchange = make_exchange('all_to_all', mesh, BATCH_AXES, {'capacity_factor': 0})
+
+  def run(layer, x):
+    graph, state = nnx.split(layer)
+    objective = lambda state, x: (nnx.merge(graph, state)(x)[0] ** 2).sum()
+    return jax.tree.leaves(jax.jit(jax.grad(objective, (0, 1)))(state, x))
+
+  got = run(make_layer(exchange, dispatch=dispatch), on(mesh, tokens()))
+  for a, b in zip(got, run(make_layer(single), tokens()), strict=True):
+    assert np.abs(np.asarray(a) - b).max() <= 5e-6 * max(np.abs(b).max(), 1e-2)
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'message'),
+  [
+    ('ring', {}, "exchange='ring': accepted are 'all_gather', 'all_to_all'"),
+    ('all_gather', {'nodes': 2}, "'all_gather' has no option 'nodes': accepted are none"),
+    ('bilevel', {'node': 2}, "accepted are 'nodes', 'capacity_factor', 'chunks'"),
+    ('bilevel', {'nodes': 3}, 'nodes=3 does not divide mesh axis expert=4'),
+    ('all_to_all', {'chunks': 0}, 'chunks=0: accepted are integers from 1'),
+    ('all_to_all', {'capacity_factor': -1.0}, 'capacity_factor=-1.0: accepted are numbers from 0'),
+    ('ragged_fallback', {'buffer_factor': -1.0}, 'buffer_factor=-1.0: accepted are numbers'),
+  ],
+)
+def test_names_and_options_that_do_not_exist_are_refused(name, options, message):
+  mesh = make_mesh(2, 1, 4, devices=jax.devices())
+  with pytest.raises(ValueError, match=message):
+    make_exchange(name, mesh, BATCH_AXES, options)
+
+
+def test_the_options_told_are_those_that_exchanges_take():
+  mesh = make_mesh(2, 1, 4, devices=jax.devices())
+  values = {'nodes': 2, 'chunks': 2, 'capacity_factor': 3.0, 'buffer_factor': 3.0}
+  for name in EXCHANGES:
+    options = {key: values[key] for key in exchange_options(name)}
+    made = make_exchange(name, mesh, BATCH_AXES, options)
+    inner = getattr(made, 'first', made)
+    assert {key: getattr(inner, key) for key in options} == options
+
+
+def test_sizes_that_do_not_divide_are_refused():
+  mesh = make_mesh(1, 1, 8, devices=jax.devices())
+  layer = make_layer(make_exchange('all_to_all', mesh, BATCH_AXES))
   with pytest.raises(
     ValueError, match='tokens=18 does not divide over mesh axes data,fsdp,expert=8'
   ):
-    layer(x[:3])
-  mesh = make_mesh(1, 1, 8, devices=jax.devices())
-  layer, x = layer_and_tokens('top_k', AllGather(mesh, AXES))
+    layer(tokens()[:3])
+  layer = MoE(D, F, 4, exchange=layer.exchange, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match='num_experts=4 does not divide over mesh axes expert=8'):
-    layer(x)
+    layer(tokens())
+  mesh = make_mesh(1, 1, 1, 8, devices=jax.devices())
+  layer = make_layer(make_exchange('all_to_all', mesh, BATCH_AXES))
+  with pytest.raises(ValueError, match='d_ff=4 does not divide over mesh axes tensor=8'):
+    layer(tokens())
+  with pytest.raises(ValueError, match="the last one must be 'expert'"):
+    make_exchange('all_gather', mesh, ('expert', 'data'))
+  with pytest.raises(ValueError, match="tokens are not sharded over 'tensor'"):
+    make_exchange('all_gather', mesh, ('tensor', 'expert'))
 
 
-def test_the_compiled_program_holds_one_gather_and_one_scatter():
-  """Forward pass on an expert axis: tokens gathered once, outputs reduced and scattered once, no all-to-all."""
+def test_ragged_all_to_all_is_the_hardware_operation_on_accelerators():
+  """Lowered for TPU and for CUDA, without either; and on CPUs, which lack it, it is not there."""
   mesh = make_mesh(1, 1, 8, devices=jax.devices())
-  layer = MoE(
-    D, F, 8, {'name': 'top_k'}, losses={}, exchange=AllGather(mesh, AXES), rngs=nnx.Rngs(0)
-  )
+  layer = make_layer(make_exchange('ragged_all_to_all', mesh, BATCH_AXES))
   graph, state = nnx.split(layer)
-  x = jax.device_put(jnp.zeros((B, S, D)), NamedSharding(mesh, P(AXES)))
-  shape = f'f32[{B * S},{D}]'
-  text = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0]).lower(state, x).compile().as_text()
-  gathers = [line for line in text.splitlines() if ' all-gather(' in line and shape in line]
-  scatters = [line for line in text.splitlines() if ' reduce-scatter(' in line]
-  assert len(gathers) == 1
-  assert len(scatters) == 1
-  assert 'all-to-all' not in text
+  run = jax.jit(jax.grad(lambda state, x: (nnx.merge(graph, state)(x)[0] ** 2).sum()))
+  arguments = jax.device_put((state, tokens()), NamedSharding(mesh, P()))
+  for platform in ('tpu', 'cuda'):
+    text = run.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert 'ragged_all_to_all' in text
+  assert 'ragged_all_to_all' not in run.lower(*arguments).as_text()
+
+
+def forward_collectives(name, options, mesh, router=None):
+  """Of one layer's forward pass, those of the exchange."""
+  layer = make_layer(make_exchange(name, mesh, BATCH_AXES, options), router)
+  graph, state = nnx.split(layer)
+  x = jax.device_put(tokens(), NamedSharding(mesh, P(BATCH_AXES)))
+  program = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0]).lower(state, x).compile()
+  return [one for one in collectives(program, mesh.size) if 'shard_map' in one.source]
+
+
+def test_gathering_is_one_gather_of_tokens_and_one_scatter():
+  mesh = make_mesh(1, 1, 8, devices=jax.devices())
+  found = forward_collectives('all_gather', {}, mesh)
+  wide = [(one.kind, one.operand) for one in found if one.operand >= T // 8 * D * 4]
+  assert sorted(wide) == [('all-gather', T // 8 * D * 4), ('reduce-scatter', T * D * 4)]
+  assert {one.kind for one in found} == {'all-gather', 'reduce-scatter'}

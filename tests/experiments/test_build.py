@@ -1,0 +1,67 @@
+"""From settings to exchanges and meshes: what fits is made, what does not is one sentence."""
+
+import jax
+import pytest
+
+from configs import tiny
+from experiments.build import build_mesh, make_exchange
+from experiments.errors import BadInput
+from experiments.settings import Settings
+from moejax.moe.exchange import AllGather, Bilevel, Local, WithFallback, single
+
+EXPERT_CHOICE = {'name': 'expert_choice', 'group': 'batch'}
+
+
+def settings(exchange='auto', options=None, router=None, batch_size=8, **mesh):
+  config = tiny.get_config()
+  config.batch_size = batch_size
+  config.mesh.update(mesh)
+  config.model.moe.exchange = exchange
+  config.model.moe.exchange_options = options or {}
+  if router:
+    config.model.moe.router = router
+  return Settings.from_config(config)
+
+
+def made(**arguments):
+  chosen = settings(**arguments)
+  mesh = build_mesh(chosen)
+  return make_exchange(chosen, mesh)
+
+
+def test_auto_leaves_rows_where_experts_are_on_every_device():
+  assert isinstance(made(), Local)
+  assert isinstance(made(router=EXPERT_CHOICE), AllGather)
+  assert isinstance(made(expert=4), AllGather)
+  one = settings()
+  alone = jax.sharding.Mesh([[[jax.devices()[:1]]]], ('data', 'fsdp', 'expert', 'tensor'))
+  assert make_exchange(one, alone) is single
+
+
+def test_an_exchange_is_made_with_its_options():
+  exchange = made(exchange='bilevel', options={'nodes': 2, 'capacity_factor': 1.25}, expert=4)
+  assert isinstance(exchange, Bilevel)
+  assert (exchange.nodes, exchange.capacity_factor) == (2, 1.25)
+  exchange = made(exchange='ragged_fallback', options={'buffer_factor': 1.1}, expert=4)
+  assert isinstance(exchange, WithFallback)
+  assert exchange.first.buffer_factor == 1.1
+  assert isinstance(made(exchange='local', expert=4), Local)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'exchange': 'all_to_all', 'options': {'nodes': 2}}, "model.moe: .* has no option 'nodes'"),
+    ({'exchange': 'all_to_all', 'options': {'chunks': 'two'}}, 'model.moe: '),
+    ({'exchange': 'bilevel', 'options': {'nodes': 3}, 'expert': 4}, 'nodes=3 does not divide'),
+    ({'exchange': 'local', 'router': EXPERT_CHOICE}, "accepted is 'all_gather'"),
+    ({'batch_size': 12, 'expert': 4}, 'does not divide over the 8 devices of the mesh'),
+    (
+      {'batch_size': 6, 'expert': 4, 'tensor': 2, 'data': 1},
+      'over the 4 devices of the mesh axes data, fsdp, expert',
+    ),
+  ],
+)
+def test_what_cannot_be_is_one_sentence(arguments, message):
+  with pytest.raises((BadInput, TypeError), match=message):
+    made(**arguments)
