@@ -66,7 +66,11 @@ class Program:
 
   def compile(self, state: TrainState, batch: Batch, control: Control) -> None:
     """Compiles the training step for arrays like these."""
-    self._compiled = self._train_step.lower(state, batch, control).compile()
+    self._compiled = self.lower(state, batch, control).compile()
+
+  def lower(self, state: Any, batch: Any, control: Any) -> jax.stages.Lowered:
+    """The training step for arrays like these, or for their shapes, ready to be compiled."""
+    return self._train_step.lower(state, batch, control)
 
   def train_step(
     self, state: TrainState, batch: Batch, control: Control

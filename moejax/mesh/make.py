@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 BATCH_AXES = ('data', 'fsdp', 'expert')
@@ -48,4 +49,6 @@ def make_mesh(
     text = ' * '.join(f'{axis}={size}' for axis, size in sizes.items())
     raise ValueError(f'mesh {text} does not fit {len(devices)} devices')
   shape = tuple(sizes[axis] if axis in given else rest for axis in AXES)
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
+  # unlike jax.make_mesh it cuts a dimension of a torus in two where an axis is shorter
+  placed = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))

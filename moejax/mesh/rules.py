@@ -54,8 +54,8 @@ def path_name(path: Sequence[Any]) -> str:
   return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
 
 
-def spec_of(name: str, ndim: int, rules: Sequence[Rule] = RULES) -> P:
-  """The partition of the parameter of this path.
+def rule_of(name: str, rules: Sequence[Rule] = RULES) -> Rule:
+  """The rule that the parameter of this path matches.
 
   Raises:
     ValueError: no rule matches, or more than one does.
@@ -66,7 +66,12 @@ def spec_of(name: str, ndim: int, rules: Sequence[Rule] = RULES) -> P:
     raise ValueError(
       f'parameter {name} must match one rule of moejax/mesh/rules.py: it matches {which}'
     )
-  axes = found[0][1]
+  return found[0]
+
+
+def spec_of(name: str, ndim: int, rules: Sequence[Rule] = RULES) -> P:
+  """The partition of the parameter of this path; errors as of `rule_of`."""
+  axes = rule_of(name, rules)[1]
   return P(*(None,) * (ndim - len(axes)), *axes) if axes else P()
 
 

@@ -143,15 +143,30 @@ def _reached(computations: dict[str, list[str]], entry: str) -> dict[str, tuple[
     for line in computations.get(name, ()):
       if re.search(r' [a-z-]+-(done|update)\(', line):  # the start has counted
         continue
-      trips = _TRIPS.search(line)
+      trips = _loop_length(line, computations)
       for key, callee in _CALLS.findall(line):
         loop = key in ('body', 'condition') and trips
         branch = conditional or key.endswith('_computation')
-        todo.append((callee, times * (int(trips[1]) if loop else 1), branch))
+        todo.append((callee, times * (trips if loop else 1), branch))
       for names in _BRANCHES.findall(line):
         branch = conditional or 'branch_computations' in line
         todo += [(callee, times, branch) for callee in re.findall(r'[\w.-]+', names)]
   return {name: value for name, value in reached.items() if name in computations}
+
+
+def _loop_length(line: str, computations: dict[str, list[str]]) -> int:
+  """Turns of the loop of this line: as annotated, or (TPU) the constant that its counter is compared with; else 0."""
+  said = _TRIPS.search(line)
+  if said:
+    return int(said[1])
+  condition = re.search(r' while\(.*condition=%?([\w.-]+)', line)
+  lines = computations.get(condition[1], ()) if condition else ()
+  compared = re.search(r'ROOT .* compare\([^,]*, %?([\w.-]+)\), direction=LT', '\n'.join(lines))
+  if not compared:
+    return 0
+  name = re.escape(compared[1])
+  found = [re.search(rf'%?{name} = s32\[\]\S* constant\((\d+)\)', one) for one in lines]
+  return next((int(match[1]) for match in found if match), 0)
 
 
 def _type_of(text: str) -> str:

@@ -108,3 +108,33 @@ ENTRY %main (x: bf16[8,128]) -> bf16[64,128] {
   found = collectives(module, 8)
   assert [(one.kind, one.operand) for one in found] == [('all-gather', 8 * 128 * 2)] * 2
   assert sum(one.sent for one in found) == 2 * 7 * 8 * 128 * 2
+
+
+TPU_LOOP = """HloModule jit_f, num_partitions=4
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(61)
+  %p = (s32[]{:T(128)}, f32[8]{0:T(8)}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%counter, %constant.3), direction=LT
+}
+
+%body (p.1: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p.1 = (s32[]{:T(128)}, f32[8]{0:T(8)}) parameter(0)
+  %x = f32[8]{0:T(8)} get-tuple-element(%p.1), index=1
+  %sum = f32[8]{0:T(8)} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %start = (s32[]{:T(128)}, f32[8]{0:T(8)}) tuple()
+  ROOT %loop = (s32[]{:T(128)}, f32[8]{0:T(8)}) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_without_annotation_runs_as_often_as_its_counter_is_compared_with():
+  """TPU programs say the length of a loop nowhere else."""
+  (one,) = collectives(TPU_LOOP, 4)
+  assert (one.kind, one.times) == ('all-reduce', 61)
+  (unknown,) = collectives(TPU_LOOP.replace('direction=LT', 'direction=NE'), 4)
+  assert unknown.times == 1

@@ -1,0 +1,210 @@
+"""Facts of accelerators and the topologies that are made of them. All rates are of one device and one direction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from experiments.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device.
+
+  Attributes:
+    kind: 'tpu' or 'gpu'.
+    peak: FLOP/s of dense bfloat16 matrix products.
+    memory: bytes.
+    memory_rate: bytes/s of its memory.
+    link: bytes/s one way of one link to a neighbour of the torus (TPU), or of all links inside the node (GPU).
+    network: bytes/s one way out of the torus, or out of the node.
+    dims: dimensions of the torus; of a GPU cluster 2: devices of a node, nodes.
+    wraps: a dimension of the torus that is a multiple of this is a ring.
+    topology: what libtpu calls the generation in a topology name; empty of a GPU.
+    source: where the figures come from.
+  """
+
+  kind: str
+  peak: float
+  memory: float
+  memory_rate: float
+  link: float
+  network: float
+  dims: int
+  wraps: int = 0
+  topology: str = ''
+  source: str = ''
+
+
+_CLOUD = 'cloud.google.com/tpu/docs'
+_BOOK = 'How to scale your model, Austin et al. 2025, chapter 2 (links at the rate that is reached)'
+_NVIDIA = 'NVIDIA data sheet, dense bfloat16, SXM'
+
+CHIPS: dict[str, Chip] = {
+  'v4': Chip(
+    'tpu', 275e12, 32 * 2**30, 1.228e12, 45e9, 6.25e9, 3, 4, 'v4', f'{_CLOUD}/v4; {_BOOK}'
+  ),
+  'v5e': Chip(
+    'tpu', 197e12, 16 * 2**30, 0.819e12, 45e9, 3.125e9, 2, 16, 'v5e', f'{_CLOUD}/v5e; {_BOOK}'
+  ),
+  'v5p': Chip(
+    'tpu', 459e12, 95 * 2**30, 2.765e12, 90e9, 6.25e9, 3, 4, 'v5p', f'{_CLOUD}/v5p; {_BOOK}'
+  ),
+  'v6e': Chip(
+    'tpu', 918e12, 32 * 2**30, 1.638e12, 90e9, 12.5e9, 2, 16, 'v6e', f'{_CLOUD}/v6e; {_BOOK}'
+  ),
+  # one chip of 2,307 TFLOP/s and 192 GiB is two devices, which share its links
+  '7x': Chip(
+    'tpu',
+    1153.5e12,
+    96 * 2**30,
+    3.69e12,
+    45e9,
+    6.25e9,
+    3,
+    4,
+    'tpu7x',
+    f'{_CLOUD}/tpu7x, half a chip',
+  ),
+  'a100': Chip('gpu', 312e12, 80e9, 2.039e12, 300e9, 25e9, 2, source=f'{_NVIDIA}; 200 Gb/s a GPU'),
+  'h100': Chip('gpu', 989.4e12, 80e9, 3.35e12, 450e9, 50e9, 2, source=f'{_NVIDIA}; 400 Gb/s a GPU'),
+  'h200': Chip('gpu', 989.4e12, 141e9, 4.8e12, 450e9, 50e9, 2, source=f'{_NVIDIA}; 400 Gb/s a GPU'),
+  'b200': Chip(
+    'gpu',
+    2250e12,
+    180e9,
+    7.7e12,
+    900e9,
+    50e9,
+    2,
+    source='NVIDIA DGX B200 data sheet; 400 Gb/s a GPU',
+  ),
+}
+"""Name in a topology -> facts."""
+
+# A torus dimension of a pod: what can be asked for without knowing the pod's wiring.
+_LARGEST = {'v4': 4096, 'v5e': 256, 'v5p': 8960, 'v6e': 256, '7x': 9216}
+_NODE = 8  # GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Devices and how they hang together.
+
+  Attributes:
+    name: as given, such as 'v5p:4x4x8' or 'h100:8x16'.
+    chip: of which all are.
+    shape: of the torus; of GPUs (devices of a node, nodes).
+    per_chip: devices at one point of the torus.
+  """
+
+  name: str
+  chip: Chip
+  shape: tuple[int, ...]
+  per_chip: int = 1
+
+  @property
+  def devices(self) -> int:
+    return math.prod(self.shape) * self.per_chip
+
+
+def parse_topology(name: str) -> Topology:
+  """The topology of a name such as 'v5p:16x16x16' or 'h100:8x16'.
+
+  Raises:
+    BadInput: a name that does not exist, with those that do.
+  """
+  kind, _, sizes = name.partition(':')
+  if kind not in CHIPS:
+    raise BadInput(f'--topology={name} is not accepted: it must be {accepted()}')
+  chip = CHIPS[kind]
+  shape = tuple(map(int, sizes.split('x'))) if re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', sizes) else ()
+  if len(shape) != chip.dims:
+    example = 'x'.join(['4'] * chip.dims) if chip.kind == 'tpu' else '8x16'
+    raise BadInput(
+      f'--topology={name} is not accepted: {kind} takes {chip.dims} sizes, such as {kind}:{example}'
+    )
+  if chip.kind == 'gpu' and shape[0] > _NODE:
+    raise BadInput(
+      f'--topology={name} is not accepted: the first size is the GPUs of a node, 1 to {_NODE}'
+    )
+  if chip.kind == 'tpu' and math.prod(shape) > _LARGEST[kind]:
+    raise BadInput(
+      f'--topology={name} is not accepted: a pod of {kind} has at most {_LARGEST[kind]} chips'
+    )
+  return Topology(name, chip, shape, 2 if kind == '7x' else 1)
+
+
+def accepted() -> str:
+  """What a topology may be called, for messages."""
+  tpus = ', '.join(
+    f'{name}:{"x".join("ABC"[: c.dims])}' for name, c in CHIPS.items() if c.kind == 'tpu'
+  )
+  gpus = ', '.join(f'{name}:8xNODES' for name, c in CHIPS.items() if c.kind == 'gpu')
+  return f'one of {tpus} (a torus), {gpus} (GPUs of a node x nodes)'
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """One level of the network as a mesh axis sees it.
+
+  Attributes:
+    name: 'ici', 'nvlink' or 'network'.
+    size: devices along the axis at this level.
+    rate: bytes/s one way that a device has for a ring at this level.
+  """
+
+  name: str
+  size: int
+  rate: float
+
+
+def levels(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[Level, ...]]:
+  """Mesh axis -> levels of the network, inner one first.
+
+  The last axis lies innermost. On a torus an axis takes whole dimensions while it can: each is a ring that sends both
+  ways, and one that is cut, or does not close, sends one way. Axes of size 1 have no level.
+
+  Args:
+    topology: the machine.
+    sizes: mesh axis -> size, in the order of the mesh; their product is the number of devices.
+  """
+  chip = topology.chip
+  if chip.kind == 'gpu':
+    return _in_nodes(topology, sizes)
+  found: dict[str, tuple[Level, ...]] = {}
+  points = (*topology.shape, topology.per_chip)
+  left = [(size, size % chip.wraps == 0) for size in points if size > 1]
+  for axis, size in reversed(sizes.items()):
+    rate, rest = 0.0, size
+    while rest > 1 and left:
+      fits = [dim for dim in left if rest % dim[0] == 0]
+      part = max(math.gcd(size, rest) for size, _ in fits or left)
+      if part == 1:
+        break
+      whole = next(dim for dim in fits or left if math.gcd(dim[0], rest) == part)
+      left.remove(whole)
+      if part < whole[0]:
+        left.append((whole[0] // part, False))
+      rate += chip.link * (2 if part == whole[0] and whole[1] else 1)
+      rest //= part
+    if size > 1:
+      found[axis] = (Level('ici', size, rate or chip.link),)
+  return found
+
+
+def _in_nodes(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[Level, ...]]:
+  found: dict[str, tuple[Level, ...]] = {}
+  inside = topology.shape[0]
+  for axis, size in reversed(sizes.items()):
+    near = math.gcd(inside, size)
+    inside //= near
+    parts = [
+      Level('nvlink', near, topology.chip.link),
+      Level('network', size // near, topology.chip.network),
+    ]
+    if size > 1:
+      found[axis] = tuple(level for level in parts if level.size > 1)
+  return found

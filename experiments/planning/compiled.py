@@ -1,0 +1,194 @@
+"""The real training step, compiled for TPUs on a machine that has none: memory and collectives as they are.
+
+Needs libtpu (the extra `tpu`), whose compiler knows the topologies; nothing runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.build import model_maker
+from experiments.errors import BadInput
+from experiments.optim import make_optimizer
+from experiments.planning.chips import Topology
+from experiments.planning.memory import memory
+from experiments.planning.tensors import data_shape
+from experiments.planning.traffic import moves
+from experiments.planning.workload import BATCH_AXES, Layout, Workload
+from experiments.program import Program
+from experiments.settings import Settings
+from experiments.state import ModelDef
+from experiments.step import Control
+from moejax.mesh.make import make_mesh
+from moejax.mesh.traffic import collectives
+
+Key = tuple[str, int]
+
+LARGE = 0.02
+"""Of all bytes: collectives below are not compared, statistics and the odd permutation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of a step on one device.
+
+  Attributes:
+    arguments: bytes of state and batch.
+    temporaries: bytes of all else that is allocated, beside the arguments.
+    peak: most bytes that live at once, arguments among them.
+    sent: (kind, devices that work together) -> bytes that the device sends.
+    seconds: that tracing and compiling took.
+  """
+
+  arguments: float
+  temporaries: float
+  peak: float
+  sent: Mapping[Key, float]
+  seconds: float
+
+
+def compile_step(settings: Settings, layout: Layout, topology: Topology) -> Compiled:
+  """Compiles the step of these settings, laid out as said.
+
+  Raises:
+    BadInput: libtpu is not installed, GPUs are asked for, or the compiler refuses the topology or the program.
+  """
+  started = time.perf_counter()
+  devices = described_devices(topology)
+  settings = laid_out(settings, layout)
+  try:
+    mesh = make_mesh(**vars(settings.mesh), devices=devices)
+    program = lower(settings, mesh).compile()
+  except (ValueError, jax.errors.JaxRuntimeError) as error:
+    reason = ' '.join(str(error).split())[:400]
+    raise BadInput(f'{topology.name} does not take this step: {reason}') from error
+  analysis = program.memory_analysis()
+  return Compiled(
+    arguments=analysis.argument_size_in_bytes,
+    temporaries=analysis.temp_size_in_bytes,
+    peak=analysis.peak_memory_in_bytes,
+    sent=sent_by_size(program, mesh.size),
+    seconds=time.perf_counter() - started,
+  )
+
+
+def described_devices(topology: Topology) -> list[Any]:
+  """Devices of a topology that is not there.
+
+  Raises:
+    BadInput: see `compile_step`.
+  """
+  if topology.chip.kind != 'tpu':
+    raise BadInput(
+      f'--topology={topology.name} cannot be compiled for: only TPUs can, GPUs have the analytic model alone'
+    )
+  if importlib.util.find_spec('libtpu') is None:
+    raise BadInput(
+      "to compile for TPUs, libtpu is needed: install the extra 'tpu' (MOEJAX_EXTRAS=tpu scripts/python -V)"
+    )
+  # without these libtpu asks the network for the machine that it is not on
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  name = f'{topology.chip.topology}:{"x".join(map(str, topology.shape))}'
+  cores = {'chip_config_name': 'megacore'} if topology.chip.topology == 'v4' else {}  # one device
+  try:
+    found = topologies.get_topology_desc(platform='tpu', topology_name=name, **cores)
+  except (ValueError, RuntimeError) as error:
+    reason = ' '.join(str(error).split())[:300]
+    raise BadInput(f'--topology={topology.name}: libtpu has no such topology: {reason}') from error
+  return list(found.devices)
+
+
+def laid_out(settings: Settings, layout: Layout) -> Settings:
+  """The settings with the layout's mesh, exchange and microbatches."""
+  exchange: Any = layout.exchange
+  moe = dataclasses.replace(settings.model.moe, exchange=exchange)
+  return dataclasses.replace(
+    settings,
+    microbatches=layout.microbatches,
+    mesh=dataclasses.replace(settings.mesh, **layout.sizes),
+    model=dataclasses.replace(settings.model, moe=moe),
+  )
+
+
+def lower(settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
+  """The training step, lowered for shapes with shardings."""
+  program = Program(
+    ModelDef(model_maker(settings, data_shape(settings), mesh)),
+    functools.partial(make_optimizer, settings.optim),
+    mesh,
+    microbatches=settings.microbatches,
+    losses=settings.model.moe.losses,
+    bias_rate=settings.optim.bias_rate,
+  )
+  shape = (settings.batch_size, settings.data.sequence_length)
+  rows = NamedSharding(mesh, P(BATCH_AXES))
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    for name in ('tokens', 'targets', 'segment_ids', 'positions')
+  }
+  batch['loss_mask'] = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows)
+  one = functools.partial(jax.ShapeDtypeStruct, (), sharding=NamedSharding(mesh, P()))
+  shapes: list[Any] = [one(jnp.uint32), one(jnp.float32), one(jnp.float32)]
+  return program.lower(program.abstract, batch, Control(*shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """One predicted figure beside the compiled one, in bytes."""
+
+  what: str
+  predicted: float
+  compiled: float
+
+  @property
+  def error(self) -> float:
+    """Of the prediction, relative to the compiled figure."""
+    return self.predicted / self.compiled - 1 if self.compiled else float('inf')
+
+
+def compare(work: Workload, layout: Layout, found: Compiled) -> list[Comparison]:
+  """State, other memory, and every collective that is large in one of both.
+
+  Collectives are told apart by the number of devices that work together, not by their axes: where weights are copies
+  along one axis and cut along another the compiler mixes the two.
+  """
+  needed = memory(work, layout)
+  state = needed['parameters'] + needed['optimizer']
+  rows = [
+    Comparison('state', state, found.arguments),
+    Comparison('other memory', sum(needed.values()) - state, found.temporaries),
+  ]
+  predicted: dict[Key, float] = {}
+  axes: dict[Key, set[str]] = {}
+  for move in moves(work, layout):
+    key = (move.kind, move.size)
+    predicted[key] = predicted.get(key, 0.0) + move.sent
+    axes.setdefault(key, set()).add('+'.join(move.axes))
+  total = sum(found.sent.values())
+  for key in sorted({*predicted, *found.sent}, key=lambda key: -found.sent.get(key, 0.0)):
+    over = ', '.join(sorted(axes.get(key, ()))) or f'{key[1]} devices'
+    one = Comparison(f'{key[0]} over {over}', predicted.get(key, 0.0), found.sent.get(key, 0.0))
+    if max(one.predicted, one.compiled) > LARGE * total:
+      rows.append(one)
+  return rows
+
+
+def sent_by_size(program: Any, num_devices: int) -> dict[Key, float]:
+  """(kind, devices that work together) -> bytes that one device sends."""
+  found: dict[Key, float] = {}
+  for one in collectives(program, num_devices):
+    key = (one.kind, max(map(len, one.groups)))
+    found[key] = found.get(key, 0.0) + one.sent
+  return found

@@ -1,0 +1,115 @@
+"""Bytes of a device in one training step, by group of tensors: the analytic model.
+
+State is exact. What a step needs beside it is estimated from the shapes of the largest arrays that live together, with
+the counts of such arrays fitted to programs compiled for TPUs (experiments/results/plans has the errors).
+"""
+
+from __future__ import annotations
+
+from experiments.planning.workload import Layout, Workload
+
+GROUPS = ('parameters', 'optimizer', 'gradients', 'activations', 'buffers')
+"""Groups of tensors: float32 weights, two moments, sums of gradients, inputs of layers that the backward pass starts
+from, and what the largest layer works with."""
+
+SPARE = 1.25
+"""What the compiler allocates of buffers over what lives at once by the shapes: fitted, as said above."""
+
+Memory = dict[str, float]
+
+
+def memory(work: Workload, layout: Layout) -> Memory:
+  """Bytes by group, of one device."""
+  state = sum(
+    elements / tensor.shards(layout.sizes) * 4
+    for tensor, elements in work.classes
+    if tensor.trained
+  )
+  biases = sum(elements * 4 for tensor, elements in work.classes if not tensor.trained)
+  return {
+    'parameters': state + biases,
+    'optimizer': 2 * state,
+    'gradients': state * (2 if layout.microbatches > 1 else 1),  # the sum, and what is added to it
+    'activations': activations(work, layout),
+    'buffers': buffers(work, layout),
+  }
+
+
+def activations(work: Workload, layout: Layout) -> float:
+  """What the backward pass finds stored of a microbatch."""
+  model, tokens = work.settings.model, work.tokens(layout)
+  inputs = tokens * model.d_model * work.width
+  if model.remat == 'full':
+    return model.num_layers * inputs
+  per_layer: float = inputs * 8 + tokens * model.num_heads * work.score_width * work.width
+  if model.remat == 'none':
+    per_layer += attention(work, layout) / 2 + experts(work, layout) / 2
+  return model.num_layers * per_layer
+
+
+def buffers(work: Workload, layout: Layout) -> float:
+  """The largest phase of the step, the embedding's gradient and the weights in the type of the computation."""
+  copies = sum(
+    elements / tensor.shards(layout.sizes) * work.width
+    for tensor, elements in work.classes
+    if tensor.trained
+  )
+  largest = max(layer(work, layout), logits(work, layout))
+  return SPARE * (largest + embedding(work, layout) + copies)
+
+
+def layer(work: Workload, layout: Layout) -> float:
+  """The backward pass of the layer that needs most: its attention or its experts, and its gathered weights."""
+  layers = max(1, work.settings.model.num_layers)
+  mixtures = max(1, len(work.settings.model.moe_layers))
+  gathered = 0.0
+  for tensor, elements in work.classes:
+    count = mixtures if tensor.group == 'experts' else layers
+    if tensor.group in ('experts', 'dense') and tensor.trained:
+      others = tuple(axis for axis in layout.sizes if axis != 'fsdp')
+      each = elements / count / tensor.shards(layout.sizes, others)
+      gathered += each * (work.width + 4)  # with its gradient
+  return gathered + max(attention(work, layout), experts(work, layout))
+
+
+def attention(work: Workload, layout: Layout) -> float:
+  """Scores of all heads, their exponentials and the gradients of both; queries, keys and values."""
+  model, length = work.settings.model, work.settings.data.sequence_length
+  tokens = work.tokens(layout)
+  scores = tokens * length * model.num_heads / layout.tensor
+  vectors = tokens * model.num_heads * work.score_width / layout.tensor
+  return scores * (2 * 4 + work.width) + vectors * 3 * (4 + work.width)
+
+
+def experts(work: Workload, layout: Layout) -> float:
+  """Rows of the experts in the backward pass; as padded blocks also a copy of the weights for each block."""
+  model = work.settings.model
+  if not model.moe_layers:
+    return 0.0
+  d_ff = model.moe.d_ff // model.moe.granularity / layout.tensor
+  arrays = 3 if model.gated else 2
+  per_row: float = model.d_model * (2 * work.width + 4) + d_ff * (arrays * 4 + arrays * work.width)
+  rows: float = work.tokens(layout) * work.choices
+  rows *= (
+    layout.expert if layout.exchange == 'all_gather' else 1
+  )  # shapes know no loads: room for all
+  if not work.blocks:
+    return rows * per_row
+  own = model.moe.num_experts * model.moe.granularity / layout.expert
+  width = 8
+  while width * 4 * own <= rows:
+    width *= 2
+  blocks = rows // width + own
+  weights = arrays * model.d_model * d_ff
+  # copies of all three weights, and the gradient of one at a time
+  return blocks * (width * per_row + weights * (work.width + 4 / arrays))
+
+
+def logits(work: Workload, layout: Layout) -> float:
+  """Logits, float32, with their exponentials and gradient."""
+  return work.tokens(layout) * work.vocab_size * (2 * 4 + work.width)
+
+
+def embedding(work: Workload, layout: Layout) -> float:
+  """The table's gradient is summed as a whole table on every device."""
+  return work.vocab_size * work.settings.model.d_model / layout.tensor * 4

@@ -1,0 +1,111 @@
+"""The time of a step as a roofline: matrix products, memory, and each level of the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from experiments.planning.chips import Level, Topology, levels
+from experiments.planning.memory import experts as expert_bytes
+from experiments.planning.traffic import Move, moves, runs
+from experiments.planning.workload import Layout, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """Seconds of one step.
+
+  Attributes:
+    matmul: at the peak rate, recomputation and padded rows counted.
+    memory: reading and writing device memory at its full rate.
+    network: mesh axes -> seconds at the full rate of the links.
+    mfu: model FLOPs (no recomputation) of the step over what the devices could do in `total`.
+  """
+
+  matmul: float
+  memory: float
+  network: Mapping[str, float]
+  mfu: float
+
+  @property
+  def total(self) -> float:
+    """Products and memory overlap each other, and the network nothing: an upper bound of the roofline."""
+    return max(self.matmul, self.memory) + sum(self.network.values())
+
+  @property
+  def least(self) -> float:
+    """Everything overlaps everything."""
+    return max(self.matmul, self.memory, sum(self.network.values()))
+
+
+def times(work: Workload, layout: Layout, topology: Topology) -> Times:
+  """The terms of the roofline."""
+  chip = topology.chip
+  matmul = products(work, layout) / topology.devices / chip.peak
+  bytes_moved = memory_bytes(work, layout)
+  network: dict[str, float] = {}
+  of_axis = levels(topology, dict(layout.sizes))
+  for move in moves(work, layout):
+    name = '+'.join(move.axes)
+    network[name] = network.get(name, 0.0) + seconds(move, of_axis)
+  found = Times(matmul, bytes_moved / chip.memory_rate, network, 0.0)
+  mfu = work.flops / (found.total * topology.devices * chip.peak)
+  return dataclasses.replace(found, mfu=mfu)
+
+
+def products(work: Workload, layout: Layout) -> float:
+  """FLOPs of a step on all devices: a third of the model's for each pass forward, and two for the gradients."""
+  _, forward = runs(work, layout)
+  wasted = 0.0
+  if work.blocks and layout.exchange == 'all_gather':
+    wasted = work.expert_flops * (
+      1.5 * layout.expert - 1
+    )  # rows of others are padding, and worked on
+  elif work.blocks:
+    wasted = work.expert_flops * 0.5
+  return (work.flops + wasted) * (forward + 2) / 3
+
+
+def memory_bytes(work: Workload, layout: Layout) -> float:
+  """Bytes that a device reads and writes in a step: state, weights, rows and scores of every pass."""
+  model, length = work.settings.model, work.settings.data.sequence_length
+  _, forward = runs(work, layout)
+  tokens, parts = work.tokens(layout), layout.microbatches
+  state = weights = 0.0
+  others = tuple(axis for axis in layout.sizes if axis != 'fsdp')
+  for tensor, elements in work.classes:
+    state += (
+      elements / tensor.shards(layout.sizes) * 7 * 4
+    )  # weights, moments: read and written; gradients: read
+    weights += elements / tensor.shards(layout.sizes, others) * work.width * (forward + 2)
+  # attention written out: scores and exponentials come and go, twice in the backward pass
+  scores = tokens * length * model.num_heads / layout.tensor * (8 + 2 * work.width) * (forward + 2)
+  residual = tokens * model.d_model * work.width * 12 * (forward + 2)
+  logits = tokens * work.vocab_size * 4 * 6
+  rows = expert_bytes(work, layout) * (forward + 2) / 2
+  layers, mixtures = model.num_layers, len(model.moe_layers)
+  return state + parts * (weights + layers * (scores + residual) + mixtures * rows + logits)
+
+
+def seconds(move: Move, of_axis: Mapping[str, tuple[Level, ...]]) -> float:
+  """Inner levels first: each cuts what the next one has to carry. All-to-all sends each level what is meant for it."""
+  left = move.whole * (2 if move.kind == 'all-reduce' else 1)
+  found = 0.0
+  steps = [level for axis in reversed(move.axes) for level in of_axis.get(axis, ())]
+  if move.kind == 'all-to-all':
+    size = math.prod(level.size for level in steps)
+    inner = 1
+    for level in steps:
+      found += left * inner * (level.size - 1) / size / level.rate * _hops(level)
+      inner *= level.size
+    return found
+  for level in steps:
+    found += left * (level.size - 1) / level.size / level.rate
+    left /= level.size
+  return found
+
+
+def _hops(level: Level) -> float:
+  """On a ring of n devices that sends both ways a message to everyone passes n / 4 links on average."""
+  return max(1.0, level.size / 4) if level.name == 'ici' else 1.0

@@ -1,0 +1,167 @@
+"""All layouts of a step on a topology that fit, the fastest first; or by how much the memory is exceeded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from experiments.build import router_facts
+from experiments.errors import BadInput
+from experiments.planning.chips import Topology
+from experiments.planning.memory import GROUPS, Memory, memory
+from experiments.planning.roofline import Times, times
+from experiments.planning.workload import BATCH_AXES, EXCHANGES, Layout, Workload
+from experiments.settings import Settings
+from moejax.mesh.make import AXES
+
+USABLE = 0.95
+"""Of a device's memory: the rest is the runtime's, and fragments."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A layout with what it costs."""
+
+  layout: Layout
+  memory: Memory
+  times: Times
+
+  @property
+  def bytes(self) -> float:
+    return sum(self.memory.values())
+
+
+def search(work: Workload, topology: Topology) -> list[Plan]:
+  """Every mesh and exchange that fits, each with the fewest microbatches that do, the fastest first.
+
+  Raises:
+    BadInput: none fits, with what the one that needs least exceeds; or no mesh takes the batch or the experts.
+  """
+  room = topology.chip.memory * USABLE
+  plans, smallest, needs = [], None, math.inf
+  for options in _by_mesh(work, topology):
+    for layout in options:
+      found = memory(work, layout)
+      total = sum(found.values())
+      if total < needs:
+        smallest, needs = layout, total
+      if total <= room:
+        plans.append(Plan(layout, found, times(work, layout, topology)))
+        break
+  if plans:
+    return sorted(plans, key=lambda plan: plan.times.total)
+  if smallest is None:
+    raise BadInput(
+      f'batch_size={work.settings.batch_size} divides over no mesh of the {topology.devices} devices of '
+      f'{topology.name} with which the parameters divide: a multiple of {topology.devices} does for most'
+    )
+  raise BadInput(
+    _too_small('the layout that needs least', smallest, memory(work, smallest), topology)
+  )
+
+
+def plan_of(work: Workload, layout: Layout, topology: Topology) -> Plan:
+  """One layout, whether it is the fastest or not.
+
+  Raises:
+    BadInput: it does not fit, or does not divide.
+  """
+  per_part = work.settings.batch_size // layout.microbatches
+  if per_part % layout.batch_shards:
+    raise BadInput(
+      f'batch_size={work.settings.batch_size} in microbatches={layout.microbatches} of {per_part} does not divide over '
+      f'the {layout.batch_shards} shards of the batch'
+    )
+  for tensor in work.tensors:
+    if not tensor.divides(layout.sizes):
+      raise BadInput(
+        f'{tensor.path} of shape {tensor.shape} does not divide over the mesh {describe(layout)}'
+      )
+  found = memory(work, layout)
+  if sum(found.values()) > topology.chip.memory * USABLE:
+    raise BadInput(_too_small('this layout', layout, found, topology))
+  return Plan(layout, found, times(work, layout, topology))
+
+
+def own_layout(settings: Settings, devices: int) -> Layout:
+  """The layout that the config itself names; exchange 'auto' as experiments.build chooses it.
+
+  Raises:
+    BadInput: axes that do not make the number of devices, or an exchange that is not known here.
+  """
+  given = dict(vars(settings.mesh))
+  product = math.prod(size for size in given.values() if size != -1)
+  sizes = {axis: devices // product if size == -1 else size for axis, size in given.items()}
+  if math.prod(sizes.values()) != devices:
+    axes = ' '.join(f'{axis}={size}' for axis, size in given.items())
+    raise BadInput(f'mesh {axes} does not fit {devices} devices')
+  name = settings.model.moe.exchange
+  if name == 'auto':
+    name = 'local' if sizes['expert'] == 1 else 'all_gather'
+  if name not in EXCHANGES:
+    raise BadInput(
+      f'model.moe.exchange={name} is not planned for: accepted are {", ".join(EXCHANGES)}'
+    )
+  return Layout({axis: sizes[axis] for axis in AXES}, name, settings.microbatches)
+
+
+def _too_small(which: str, layout: Layout, found: Memory, topology: Topology) -> str:
+  room, total = topology.chip.memory * USABLE, sum(found.values())
+  groups = ', '.join(f'{name} {found[name] / 2**30:.1f}' for name in GROUPS)
+  return (
+    f'{topology.name} is too small by {(total - room) / 2**30:.1f} GiB a device: {which} '
+    f'({describe(layout)}) takes {total / 2**30:.1f} GiB ({groups}) of the {room / 2**30:.1f} GiB there are'
+  )
+
+
+def describe(layout: Layout) -> str:
+  """'fsdp=16 expert=4, all_gather, microbatches=4'."""
+  axes = ' '.join(f'{axis}={size}' for axis, size in layout.sizes.items() if size > 1)
+  return f'{axes or "data=1"}, {layout.exchange}, microbatches={layout.microbatches}'
+
+
+def _by_mesh(work: Workload, topology: Topology) -> Iterator[list[Layout]]:
+  """For every mesh and exchange the layouts by number of microbatches, ascending."""
+  batch = work.settings.batch_size
+  stays = (
+    work.settings.model.moe_layers and router_facts(work.settings.model).flags.stays_in_sequence
+  )
+  for sizes in meshes(topology.devices):
+    if not _divides(work, sizes):
+      continue
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    if batch % shards:
+      continue
+    most = batch // shards
+    parts = [part for part in range(1, most + 1) if most % part == 0]
+    for exchange in EXCHANGES:
+      if exchange == 'local' and (sizes['expert'] > 1 or not stays):
+        continue
+      if exchange != 'local' and sizes['expert'] == 1:
+        continue
+      yield [Layout(sizes, exchange, part) for part in parts]
+
+
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+  """Every way to cut the devices over the mesh axes. `tensor` stays within 8: it talks in every layer."""
+
+  def cut(axes: tuple[str, ...], left: int) -> Iterator[dict[str, int]]:
+    if len(axes) == 1:
+      yield {axes[0]: left}
+      return
+    for size in range(1, left + 1):
+      if left % size == 0 and (axes[0] != 'tensor' or size <= 8):
+        for rest in cut(axes[1:], left // size):
+          yield {axes[0]: size, **rest}
+
+  for sizes in cut(tuple(sorted(AXES, key=lambda axis: axis != 'tensor')), devices):
+    yield {axis: sizes[axis] for axis in AXES}
+
+
+def _divides(work: Workload, sizes: dict[str, int]) -> bool:
+  model = work.settings.model
+  heads = model.num_heads if model.attention == 'latent' else model.num_kv_heads
+  if heads % sizes.get('tensor', 1):
+    return False
+  return all(tensor.divides(sizes) for tensor in work.tensors)

@@ -1,0 +1,128 @@
+"""A training step as numbers: what the analytic model knows of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+
+from experiments.build import check_routing, training_flops, vocab_size
+from experiments.build import experts_per_token as choices_of
+from experiments.errors import BadInput
+from experiments.planning.tensors import Tensor, by_sharding, data_shape, tensors
+from experiments.settings import MoESettings, Settings
+from moejax.mesh.make import AXES
+from moejax.scaling.ours import latent_of
+from pallas_kernels import registry
+
+EXCHANGES = tuple(
+  name
+  for name in typing.get_args(typing.get_type_hints(MoESettings)['exchange'])
+  if name in ('local', 'all_gather', 'all_to_all', 'ragged_all_to_all')
+)
+"""Exchanges that the settings take and the analytic model knows."""
+
+BATCH_AXES = tuple(axis for axis in AXES if axis != 'tensor')
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """One way to lay a step out.
+
+  Attributes:
+    sizes: mesh axis -> devices along it, in the order of the mesh.
+    exchange: a name in `EXCHANGES`.
+    microbatches: parts of the batch.
+  """
+
+  sizes: Mapping[str, int]
+  exchange: str
+  microbatches: int
+
+  @property
+  def batch_shards(self) -> int:
+    shards = 1
+    for axis in BATCH_AXES:
+      shards *= self.sizes.get(axis, 1)
+    return shards
+
+  @property
+  def expert(self) -> int:
+    return self.sizes.get('expert', 1)
+
+  @property
+  def tensor(self) -> int:
+    return self.sizes.get('tensor', 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """What does not hang on the layout.
+
+  Attributes:
+    settings: of the run.
+    tensors: the parameters.
+    classes: (one parameter, elements of all) by sharding.
+    vocab_size, choices: V, and the mean number of routed experts of a token.
+    flops: model FLOPs of a step: three times the forward pass.
+    expert_flops: those of them that routed experts take.
+    width: bytes of a number of the computation.
+    score_width: H of queries and keys together with H of values.
+    blocks: whether routed experts run as padded blocks, which work on rows that were dropped too.
+  """
+
+  settings: Settings
+  tensors: Sequence[Tensor]
+  classes: Sequence[tuple[Tensor, int]]
+  vocab_size: int
+  choices: float
+  flops: float
+  expert_flops: float
+  width: int
+  score_width: int
+  blocks: bool
+
+  def tokens(self, layout: Layout) -> int:
+    """Tokens of a microbatch that a device holds."""
+    model = self.settings
+    return (
+      model.batch_size // layout.microbatches // layout.batch_shards * model.data.sequence_length
+    )
+
+
+def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Workload:
+  """The numbers of these settings.
+
+  Args:
+    settings: of a language model.
+    platform: 'tpu' or 'gpu', which decides how routed experts run.
+    kernels: suppose kernels that skip padding and the rows of other devices, whatever the platform has.
+
+  Raises:
+    BadInput: what `check_routing` refuses, images, or data of which nothing is known.
+  """
+  check_routing(settings)
+  model = settings.model
+  if model.kind == 'vit':
+    raise BadInput("model.kind='vit' is not planned for: accepted are 'decoder' and 'encoder'")
+  stream = data_shape(settings)
+  found = tensors(settings)
+  latent = latent_of(model)
+  value = (latent.value_dim or model.head_dim) if latent else model.head_dim
+  choices = choices_of(settings, stream) if model.moe_layers else 0.0
+  tokens = settings.batch_size * settings.data.sequence_length
+  matrices = 3 if model.gated else 2
+  d_ff = model.moe.d_ff // model.moe.granularity
+  expert_flops = 3 * tokens * len(model.moe_layers) * choices * matrices * 2 * model.d_model * d_ff
+  return Workload(
+    settings=settings,
+    tensors=found,
+    classes=by_sharding(found),
+    vocab_size=vocab_size(settings, stream),
+    choices=choices,
+    flops=training_flops(settings, stream),
+    expert_flops=expert_flops,
+    width=4 if model.dtype == 'float32' else 2,
+    score_width=model.head_dim + (latent.rotary_dim if latent else 0) + value,
+    blocks=not kernels and registry.BY_PLATFORM.get(platform, registry.DEFAULT) == 'blocks',
+  )

@@ -1,0 +1,59 @@
+import pytest
+
+from experiments.errors import BadInput
+from experiments.planning.chips import CHIPS, Level, levels, parse_topology
+
+
+def test_a_topology_is_its_chip_and_its_sizes():
+  pod, cluster = parse_topology('v5p:4x4x8'), parse_topology('h100:8x16')
+  assert (pod.devices, cluster.devices) == (128, 128)
+  assert pod.chip is CHIPS['v5p']
+  assert parse_topology('7x:2x2x2').devices == 16  # two devices a chip
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('v7x:2x2x2', 'must be one of v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB, 7x:AxBxC'),
+    ('v5p', 'v5p takes 3 sizes, such as v5p:4x4x4'),
+    ('v5e:4x4x4', 'v5e takes 2 sizes, such as v5e:4x4'),
+    ('v5p:4x0x4', 'v5p takes 3 sizes'),
+    ('h100:16x8', 'the GPUs of a node, 1 to 8'),
+    ('v5e:32x16', 'a pod of v5e has at most 256 chips'),
+  ],
+)
+def test_a_topology_that_does_not_exist_is_answered_with_those_that_do(name, message):
+  with pytest.raises(BadInput, match=message):
+    parse_topology(name)
+
+
+def test_an_axis_along_whole_rings_has_both_directions_of_each():
+  pod = parse_topology('v5p:4x4x8')
+  found = levels(pod, {'data': 1, 'fsdp': 16, 'expert': 8})
+  link = CHIPS['v5p'].link
+  assert found == {'expert': (Level('ici', 8, 2 * link),), 'fsdp': (Level('ici', 16, 4 * link),)}
+
+
+def test_an_axis_along_a_part_of_a_dimension_has_one_direction():
+  found = levels(parse_topology('v5p:4x4x4'), {'data': 1, 'fsdp': 32, 'expert': 2})
+  link = CHIPS['v5p'].link
+  assert found['expert'] == (Level('ici', 2, link),)
+  assert found['fsdp'] == (Level('ici', 32, 5 * link),)  # two rings, and half a dimension
+  small = levels(parse_topology('v5e:4x4'), {'data': 1, 'fsdp': 4, 'expert': 4})
+  assert small['expert'][0].rate == CHIPS['v5e'].link  # 4 is no ring on v5e
+
+
+def test_gpus_of_a_node_come_first_and_the_network_after_them():
+  chip = CHIPS['h100']
+  found = levels(parse_topology('h100:8x4'), {'data': 2, 'fsdp': 4, 'expert': 4})
+  assert found == {
+    'expert': (Level('nvlink', 4, chip.link),),
+    'fsdp': (Level('nvlink', 2, chip.link), Level('network', 2, chip.network)),
+    'data': (Level('network', 2, chip.network),),
+  }
+
+
+def test_a_chip_has_a_source_and_a_faster_memory_than_network():
+  for chip in CHIPS.values():
+    assert chip.source
+    assert chip.network < chip.link < chip.memory_rate < chip.peak

@@ -1,0 +1,140 @@
+"""The analytic model against the compiled step: for TPUs where libtpu is installed, for emulated devices always."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from configs import common
+from experiments.errors import BadInput
+from experiments.plan import MEMORY_ERROR, STATE_ERROR, TRAFFIC_ERROR, PredictionMissed, check
+from experiments.planning import compiled as module
+from experiments.planning.chips import parse_topology
+from experiments.planning.compiled import Compiled, compare, compile_step, described_devices, lower
+from experiments.planning.memory import memory
+from experiments.planning.traffic import moves
+from experiments.planning.workload import Layout, workload
+from experiments.settings import Settings
+from moejax.mesh.make import make_mesh
+from moejax.mesh.traffic import collectives
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason="libtpu is not installed: the extra 'tpu' has it",
+)
+
+
+def settings(**changes):
+  """Two mixtures of 16 experts; sizes that tiles of the hardware divide."""
+  config = common.get_config()
+  config.batch_size, config.data.sequence_length = 16, 256
+  config.model.update(
+    dict(d_model=512, d_ff=256, num_layers=4, num_heads=4, vocab_size=2048, remat='full')
+  )
+  config.model.tie_embeddings = False
+  config.model.moe.num_experts = 16
+  config.update_from_flattened_dict(changes)
+  return Settings.from_config(config)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@needs_libtpu
+def test_a_step_compiled_for_tpus_holds_the_predicted_collectives():
+  topology = parse_topology('v5p:2x2x1')
+  work = workload(settings(), 'tpu')
+  layout = Layout({'data': 1, 'fsdp': 2, 'expert': 2}, 'all_gather', 1)
+  with jax.numpy_dtype_promotion('standard'):  # optax
+    found = compile_step(work.settings, layout, topology)
+  rows = {one.what: one for one in compare(work, layout, found)}
+  assert abs(rows.pop('state').error) < STATE_ERROR
+  rows.pop('other memory')  # of a model so small that padding rules
+  assert len(rows) >= 4
+  for one in rows.values():
+    assert abs(one.error) < TRAFFIC_ERROR, one
+
+
+@pytest.mark.aot
+@needs_libtpu
+def test_a_topology_that_libtpu_does_not_know_is_one_sentence():
+  with pytest.raises(BadInput, match='libtpu has no such topology'):
+    described_devices(parse_topology('v5p:3x5x7'))
+
+
+@pytest.mark.aot
+@needs_libtpu
+@pytest.mark.parametrize('name', ['v4:2x2x2', 'v5e:4x4', 'v5p:16x16x16', 'v6e:4x4', '7x:2x2x2'])
+def test_a_mesh_of_a_described_pod_has_all_devices_and_may_cut_a_dimension(name):
+  topology = parse_topology(name)
+  devices = described_devices(topology)
+  assert len(devices) == topology.devices
+  assert make_mesh(1, -1, 8, devices=devices).size == topology.devices
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(BadInput, match="install the extra 'tpu'"):
+    described_devices(parse_topology('v5p:2x2x1'))
+
+
+def test_gpus_are_not_compiled_for():
+  with pytest.raises(BadInput, match='only TPUs can'):
+    described_devices(parse_topology('h100:8x2'))
+
+
+@pytest.fixture(scope='module')
+def emulated():
+  """A step compiled for eight devices of this machine: the exchange is the same, the rest of XLA's choices are not."""
+  work = workload(settings(**{'model.num_layers': 2}), 'cpu')
+  layout = Layout({'data': 1, 'fsdp': 4, 'expert': 2}, 'all_gather', 1)
+  run = module.laid_out(work.settings, layout)
+  mesh = make_mesh(1, 4, 2, devices=jax.devices())
+  with jax.numpy_dtype_promotion('standard'):  # optax
+    return work, layout, lower(run, mesh).compile()
+
+
+def test_on_emulated_devices_too_tokens_are_exchanged_as_predicted(emulated):
+  """Float32 here: twice the bytes. The exchange is recognised by the operation that it was made from."""
+  work, layout, program = emulated
+  wide = dataclasses.replace(work, width=4)
+  sent = {}
+  for one in collectives(program, 8):
+    name = one.source.rpartition('/')[2]
+    if 'shard_map' in one.source and name in ('all_gather', 'reduce_scatter', 'psum_scatter'):
+      kind = one.kind
+      sent[kind] = sent.get(kind, 0.0) + one.sent
+  predicted = {move.kind: move.sent for move in moves(wide, layout) if move.what == 'tokens'}
+  assert set(sent) == set(predicted) == {'all-gather', 'reduce-scatter'}
+  for kind, value in predicted.items():
+    assert sent[kind] == pytest.approx(value, rel=0.01), kind
+
+
+def test_on_emulated_devices_too_the_state_is_exact(emulated):
+  work, layout, program = emulated
+  needed = memory(work, layout)
+  state = needed['parameters'] + needed['optimizer']
+  arguments = program.memory_analysis().argument_size_in_bytes
+  assert arguments == pytest.approx(state, rel=STATE_ERROR)
+
+
+def test_a_missed_prediction_fails_with_the_worst_figure(monkeypatch, capsys):
+  work, topology = workload(settings(), 'tpu'), parse_topology('v5p:2x2x1')
+  layout = Layout({'data': 1, 'fsdp': 4, 'expert': 1}, 'local', 1)
+  needed = memory(work, layout)
+  state = needed['parameters'] + needed['optimizer']
+  sent = {}
+  for move in moves(work, layout):
+    sent[move.kind, move.size] = sent.get((move.kind, move.size), 0.0) + move.sent
+  exact = Compiled(state, sum(needed.values()) - state, 0.0, sent, 1.0)
+  monkeypatch.setattr('experiments.plan.compile_step', lambda *_: exact)
+  check(work, layout, topology)
+  assert '+0.0%' in capsys.readouterr().out
+  doubled = dataclasses.replace(exact, sent={**sent, ('all-gather', 4): 2 * sent['all-gather', 4]})
+  monkeypatch.setattr('experiments.plan.compile_step', lambda *_: doubled)
+  with pytest.raises(PredictionMissed, match='all-gather over fsdp: .* over 5% apart'):
+    check(work, layout, topology)
+  larger = dataclasses.replace(exact, temporaries=exact.temporaries * (1 + 2 * MEMORY_ERROR))
+  monkeypatch.setattr('experiments.plan.compile_step', lambda *_: larger)
+  with pytest.raises(PredictionMissed, match='other memory: .* over 25% apart'):
+    check(work, layout, topology)

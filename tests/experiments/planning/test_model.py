@@ -1,0 +1,195 @@
+"""The analytic model against counts by hand, and what it says of machines that are too small."""
+
+import dataclasses
+import math
+
+import pytest
+
+from configs import common
+from configs.scale import kimi_1t, olmoe_1b_7b
+from experiments.errors import BadInput
+from experiments.planning.chips import CHIPS, Level, Topology, parse_topology
+from experiments.planning.memory import memory
+from experiments.planning.roofline import products, seconds, times
+from experiments.planning.search import meshes, own_layout, plan_of, search
+from experiments.planning.tensors import tensors
+from experiments.planning.traffic import Move, by_kind, moves
+from experiments.planning.workload import Layout, workload
+from experiments.settings import Settings
+
+AXES = {'data': 1, 'fsdp': 1, 'expert': 1}
+D, F, E, L, V, S = 64, 32, 8, 2, 512, 128
+
+
+def small(**changes):
+  """Two mixtures of eight experts, two of them a token's; 16 sequences of 128."""
+  config = common.get_config()
+  config.batch_size, config.data.sequence_length = 16, S
+  config.model.update(
+    dict(d_model=D, d_ff=F, num_layers=L, num_heads=2, vocab_size=V, remat='full', qk_norm=False)
+  )
+  config.model.tie_embeddings = False
+  config.update_from_flattened_dict(changes)
+  return Settings.from_config(config)
+
+
+def of(settings, exchange='all_gather', microbatches=1, **sizes):
+  return workload(settings, 'tpu'), Layout(AXES | sizes, exchange, microbatches)
+
+
+EXPERTS = L * E * 3 * D * F
+ATTENTION = L * 4 * D * D
+NORMS = (2 * L + 1) * D
+ROUTERS = L * D * E
+
+
+def test_state_is_twelve_bytes_a_parameter_over_its_shards():
+  found = memory(*of(small(), fsdp=2, expert=4))
+  cut = EXPERTS / 8 + (ATTENTION + 2 * V * D) / 2 + NORMS + ROUTERS
+  assert found['parameters'] == 4 * cut
+  assert found['optimizer'] == 8 * cut
+
+
+def test_groups_of_tensors_are_told_by_their_paths():
+  sizes = {}
+  for tensor in tensors(small()):
+    sizes[tensor.group] = sizes.get(tensor.group, 0) + tensor.size
+  assert sizes == {
+    'embedding': V * D,
+    'head': V * D,
+    'dense': ATTENTION + NORMS,
+    'experts': EXPERTS,
+    'router': ROUTERS,
+  }
+
+
+def test_what_a_device_sends_is_counted_by_hand():
+  """One microbatch: weights are gathered for the layer, its recomputation and its gradients; experts once less."""
+  work, layout = of(small(), fsdp=4, expert=2)
+  tokens = 16 * S // 8
+  sent = by_kind(moves(work, layout))
+  gathered = 2 * (3 * ATTENTION + 2 * EXPERTS / 2 + V * D)
+  assert sent['all-gather', ('fsdp',)] == gathered * 3 / 4
+  reduced = 2 * ATTENTION + 4 * (EXPERTS / 2 + V * D)
+  assert sent['reduce-scatter', ('fsdp',)] == reduced * 3 / 4
+  assert sent['reduce-scatter', ('expert',)] == 2 * L * tokens * D * 2
+  assert sent['all-gather', ('expert',)] == L * (3 * tokens * D * 2 + 2 * 2 * tokens * 2 * 4)
+  everywhere = 4 * (V * D + NORMS / 2 + ROUTERS)
+  assert sent['all-reduce', ('fsdp', 'expert')] == pytest.approx(2 * 7 / 8 * everywhere, rel=0.01)
+
+
+def test_microbatches_gather_the_weights_for_each_and_once_more():
+  one = by_kind(moves(*of(small(), fsdp=8)))['all-gather', ('fsdp',)]
+  work, layout = of(small(), microbatches=2, fsdp=8)
+  two = by_kind(moves(work, layout))['all-gather', ('fsdp',)]
+  again = 2 * 2 * (4 * ATTENTION + 3 * EXPERTS + 2 * V * D) + 2 * V * D * 4
+  assert two == again * 7 / 8
+  assert two > 2 * one
+
+
+def test_on_many_shards_sums_of_experts_and_head_are_not_scattered():
+  few = {(m.kind, m.what) for m in moves(*of(small(), fsdp=4))}
+  many = {(m.kind, m.what) for m in moves(*of(small(), fsdp=8))}
+  assert {('reduce-scatter', 'experts'), ('reduce-scatter', 'head')} <= few
+  assert {('all-reduce', 'experts'), ('all-reduce', 'head'), ('reduce-scatter', 'dense')} <= many
+
+
+def test_experts_that_data_shards_share_are_summed_over_both_axes():
+  found = moves(*of(small(), fsdp=2, data=2, expert=2))
+  (one,) = [move for move in found if move.what == 'experts' and move.kind == 'all-reduce']
+  assert (one.size, one.whole) == (4, 4 * EXPERTS / 2)
+  assert not [m for m in found if m.what == 'experts' and m.kind == 'reduce-scatter']
+
+
+def test_on_one_device_nothing_travels_and_the_products_are_the_models():
+  work, layout = of(small(**{'model.remat': 'none'}), exchange='local')
+  work = dataclasses.replace(work, blocks=False)
+  assert moves(work, layout) == []
+  assert products(work, layout) == work.flops
+  found = times(work, layout, Topology('one', CHIPS['v5p'], (1, 1, 1)))
+  assert found.matmul == work.flops / CHIPS['v5p'].peak
+  assert found.network == {}
+
+
+def test_kernels_skip_what_blocks_work_on_in_vain():
+  settings = small()
+  layout = of(settings, fsdp=2, expert=4)[1]
+  blocks, kernels = workload(settings, 'tpu'), workload(settings, 'tpu', kernels=True)
+  assert blocks.blocks
+  more = products(blocks, layout) - products(kernels, layout)
+  # four devices work on the rows of all four, and on half as many of padding
+  assert more == pytest.approx(blocks.expert_flops * (1.5 * 4 - 1) * 4 / 3)
+  assert memory(kernels, layout)['buffers'] < memory(blocks, layout)['buffers']
+
+
+def test_recomputation_is_a_pass_forward_more():
+  work, layout = of(small(), exchange='local')
+  work = dataclasses.replace(work, blocks=False)
+  assert products(work, layout) == pytest.approx(work.flops * 4 / 3)
+  twice = dataclasses.replace(layout, microbatches=4)
+  assert products(work, twice) == pytest.approx(work.flops * 5 / 3)
+
+
+def test_each_level_of_the_network_carries_what_the_inner_one_left():
+  of_axis = {'fsdp': (Level('nvlink', 8, 100.0), Level('network', 4, 10.0))}
+  gather = Move('all-gather', ('fsdp',), 32, 'dense', 3200.0)
+  assert seconds(gather, of_axis) == pytest.approx(3200 * 7 / 8 / 100 + 400 * 3 / 4 / 10)
+  reduce = dataclasses.replace(gather, kind='all-reduce')
+  assert seconds(reduce, of_axis) == 2 * seconds(gather, of_axis)
+  swap = dataclasses.replace(gather, kind='all-to-all')
+  # of 32 parts 7 stay in the node and 24 leave it
+  assert seconds(swap, of_axis) == pytest.approx(3200 * 7 / 32 / 100 + 3200 * 24 / 32 / 10)
+
+
+def test_meshes_are_all_ways_to_cut_the_devices():
+  found = [
+    (mesh['data'], mesh['fsdp'], mesh['expert'])
+    for mesh in meshes(12)
+    if mesh.get('tensor', 1) == 1
+  ]
+  assert len(found) == len(set(found)) == 18  # 2^2 over three axes in 6 ways, 3 in 3
+  assert all(math.prod(mesh.values()) == 12 for mesh in meshes(12))
+
+
+def test_the_fastest_layout_comes_first_and_every_one_fits():
+  work = workload(Settings.from_config(olmoe_1b_7b.get_config()), 'tpu')
+  topology = parse_topology('v5p:2x2x4')
+  plans = search(work, topology)
+  assert len(plans) > 5
+  assert [plan.times.total for plan in plans] == sorted(plan.times.total for plan in plans)
+  for plan in plans:
+    assert plan.bytes <= topology.chip.memory
+    assert plan.times.least <= plan.times.total
+    assert 0 < plan.times.mfu < 1
+    assert plan_of(work, plan.layout, topology) == plan
+
+
+def test_a_machine_that_is_too_small_is_told_by_how_much_and_where():
+  work = workload(Settings.from_config(kimi_1t.get_config()), 'tpu')
+  with pytest.raises(BadInput, match='v5e:4x4 is too small by') as error:
+    search(work, parse_topology('v5e:4x4'))
+  for group in ('parameters', 'optimizer', 'gradients', 'activations', 'buffers'):
+    assert f'{group} ' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_a_batch_that_divides_over_no_mesh_is_refused():
+  with pytest.raises(BadInput, match='batch_size=16 divides over no mesh of the 64 devices'):
+    search(workload(small(), 'tpu'), parse_topology('v5p:4x4x4'))
+
+
+def test_the_configs_own_mesh_is_checked():
+  settings = small(**{'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': -1})
+  assert own_layout(settings, 8) == Layout({'data': 1, 'fsdp': 2, 'expert': 4}, 'all_gather', 1)
+  with pytest.raises(BadInput, match='mesh data=1 fsdp=2 expert=-1 does not fit 7 devices'):
+    own_layout(settings, 7)
+  work, topology = workload(settings, 'tpu'), parse_topology('v5p:4x4x4')
+  with pytest.raises(BadInput, match='does not divide over the 64 shards'):
+    plan_of(work, Layout(AXES | {'fsdp': 64}, 'local', 1), topology)
+
+
+def test_images_are_not_planned_for():
+  config = common.get_config()
+  config.model.kind, config.data.objective, config.data.name = 'vit', 'classify', 'mnist5k'
+  with pytest.raises(BadInput, match="model.kind='vit' is not planned for"):
+    workload(Settings.from_config(config), 'tpu')

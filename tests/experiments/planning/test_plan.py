@@ -1,0 +1,68 @@
+"""The program: what it prints, writes and refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.scale import mixtral_8x7b
+from experiments import plan
+from experiments.errors import BadInput
+from experiments.planning.tensors import tensors
+from experiments.settings import Settings
+
+CONFIG = str(Path(__file__).resolve().parents[3] / 'configs/scale/mixtral_8x7b.py')
+
+
+def run(capsys, *arguments):
+  assert plan.main(['plan', '--config', CONFIG, *arguments]) == 0
+  return capsys.readouterr().out
+
+
+def test_the_plan_ends_in_lines_to_paste_and_a_page(capsys, tmp_path):
+  page = tmp_path / 'plan.html'
+  out = run(capsys, '--topology=h100:8x16', f'--page={page}', '--top=3')
+  assert 'mixtral_8x7b: 46.7 billion parameters' in out
+  lines = [line.rstrip(' \\') for line in out.splitlines() if line.startswith('--config.')]
+  keys = [line.partition('=')[0] for line in lines]
+  assert keys[:3] == ['--config.mesh.data', '--config.mesh.fsdp', '--config.mesh.expert']
+  text = page.read_text(encoding='utf-8')
+  assert '<h1>mixtral_8x7b on h100:8x16</h1>' in text
+  assert lines[0] in text
+  assert 'http' not in text.replace('http-equiv', '')
+  # what it says to paste is itself a plan
+  again = run(capsys, '--topology=h100:8x16', f'--page={page}', '--layout=config', *lines)
+  best = next(
+    line for line in out.splitlines() if line.startswith('fsdp') or line.startswith('data')
+  )
+  assert best.split('  ')[0] in again
+
+
+def test_show_sharding_has_every_parameter_with_rule_and_bytes(capsys):
+  out = run(capsys, '--topology=v5p:4x4x4', '--show-sharding')
+  found = tensors(Settings.from_config(mixtral_8x7b.get_config()))
+  lines = {
+    line.split()[0]: line
+    for line in out.splitlines()
+    if line.startswith(('stack', 'head', 'embed', 'norm'))
+  }
+  assert set(lines) == {tensor.path for tensor in found}
+  for tensor in found:
+    assert tensor.rule in lines[tensor.path]
+  up = lines['stack/segments/0/blocks/0/moe/experts/w_up']
+  assert 'expert, fsdp, -' in up
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ((), '--topology is missing: it must be one of v4:AxBxC'),
+    (('--topology=v9:4x4',), '--topology=v9:4x4 is not accepted: it must be one of v4:AxBxC'),
+    (('--topology=v5p:2x2x2', '--layout=worst'), '--layout=worst is not accepted'),
+    (('--topology=v5e:2x2',), 'v5e:2x2 is too small by'),
+    (('--topology=v5p:2x2x2', '--config.model.vocab_size=0'), '--config.model.vocab_size=N'),
+  ],
+)
+def test_what_cannot_be_planned_is_one_sentence(arguments, message):
+  with pytest.raises(BadInput, match=message.replace('(', r'\(')) as error:
+    plan.main(['plan', '--config', CONFIG, *arguments])
+  assert '\n' not in str(error.value)

@@ -1,0 +1,56 @@
+"""The committed plans: all there, and the analytic model as near to the compiled programs as it claims."""
+
+import json
+
+import pytest
+
+from experiments import plan_reports
+from experiments.plan import MEMORY_ERROR, STATE_ERROR, TRAFFIC_ERROR
+from experiments.plan_reports import CASES, OUT, PLANNED, as_json, compared, from_json, planned
+
+RESULT = json.loads((OUT / 'result.json').read_text(encoding='utf-8'))
+
+
+def test_every_config_is_planned_for_every_machine_with_and_without_kernels():
+  found = [(row['config'], row['topology'], row['experts']) for row in RESULT['plans']]
+  wanted = [(name, topology) for name, names in PLANNED.items() for topology in names]
+  assert found == [(*pair, experts) for pair in wanted for experts in ('blocks', 'kernels')]
+  page = (OUT / 'README.md').read_text(encoding='utf-8')
+  for row in RESULT['plans']:
+    assert row.get('layout', row.get('answer')) in page
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_the_model_is_as_near_to_what_was_compiled_as_a_check_asks(name):
+  allowed = {'state': STATE_ERROR, 'other memory': MEMORY_ERROR}
+  _, _, _, rows = compared(name, RESULT['compiled'][name])
+  assert len(rows) >= 5
+  for one in rows:
+    assert abs(one.error) < allowed.get(one.what, TRAFFIC_ERROR), one
+
+
+def test_the_step_of_a_trillion_parameters_compiles_in_time_and_for_its_machine():
+  found = from_json(RESULT['compiled']['kimi'])
+  assert found.seconds < 300
+  assert found.arguments + found.temporaries < 95 * 2**30
+  assert as_json(found) == RESULT['compiled']['kimi']
+
+
+def test_a_plan_is_a_row_and_a_page(tmp_path):
+  row = planned('olmoe_1b_7b', 'v5p:2x2x4', tmp_path, kernels=True)
+  assert row['devices'] == 16
+  assert 0 < row['gib'] < 95
+  assert row['seconds'] >= max(row['matmul'], row['memory'])
+  assert [file.name for file in tmp_path.iterdir()] == ['olmoe_1b_7b-v5p-2x2x4.html']
+  small = planned('kimi_1t', 'v5p:2x2x1', tmp_path, kernels=True)
+  assert small['answer'].startswith('v5p:2x2x1 is too small by')
+
+
+def test_the_report_is_written_by_one_command(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(plan_reports, 'PLANNED', {'olmoe_1b_7b': ('v5p:2x2x4',)})
+  (tmp_path / 'result.json').write_text(json.dumps({'compiled': RESULT['compiled']}))
+  assert plan_reports.main(['plan_reports', f'--out={tmp_path}']) == 0
+  assert str(tmp_path / 'README.md') in capsys.readouterr().out
+  text = (tmp_path / 'README.md').read_text(encoding='utf-8')
+  assert '| [olmoe_1b_7b](olmoe_1b_7b-v5p-2x2x4.html) | v5p:2x2x4 | 16 | blocks |' in text
+  assert 'kimi_1t on v5p:16x16x16, fsdp=512 expert=8' in text
