@@ -57,15 +57,21 @@ class Case:
 
 
 def _case(
-  config: str, topology: str, mesh: tuple[int, int, int], microbatches: int, batch: int = 0
-):
+  config: str,
+  topology: str,
+  mesh: tuple[int, int, int],
+  microbatches: int,
+  batch: int = 0,
+  exchange: str = 'all_gather',
+) -> Case:
   sizes = dict(zip(('data', 'fsdp', 'expert'), mesh, strict=True))
-  return Case(config, topology, Layout(sizes, 'all_gather', microbatches), batch)
+  return Case(config, topology, Layout(sizes, exchange, microbatches), batch)
 
 
 CASES: dict[str, Case] = {
   'olmoe': _case('olmoe_1b_7b', 'v5p:2x2x4', (1, 4, 4), 64),
   'olmoe_data': _case('olmoe_1b_7b', 'v5p:2x2x4', (2, 4, 2), 1, 16),
+  'olmoe_local': _case('olmoe_1b_7b', 'v5p:2x2x4', (1, 16, 1), 4, 0, 'local'),
   'kimi': _case('kimi_1t', 'v5p:16x16x16', (1, 512, 8), 4),
 }
 """Short name -> what is compiled."""
@@ -200,7 +206,9 @@ def _errors(compiled: Mapping[str, Any]) -> list[str]:
   for name, values in compiled.items():
     case, _, topology, rows = compared(name, values)
     what = f'{case.config} on {topology.name}, {describe(case.layout)}'
-    took = f'compiled in {values["seconds"]:.0f} s'
+    took = (
+      f'compiled in {values["seconds"]:.0f} s with {values["host"] / report.GIB:.1f} GiB of memory'
+    )
     lines.append(
       f'| {what} | most that lives at once | | {values["peak"] / report.GIB:.1f} | {took} |'
     )

@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +37,7 @@ from moejax.mesh.make import make_mesh
 from moejax.mesh.traffic import collectives
 
 Key = tuple[str, int]
+_RSS_UNIT = 1 if sys.platform == 'darwin' else 1024
 
 LARGE = 0.02
 """Of all bytes: collectives below are not compared, statistics and the odd permutation."""
@@ -50,6 +53,7 @@ class Compiled:
     peak: most bytes that live at once, arguments among them.
     sent: (kind, devices that work together) -> bytes that the device sends.
     seconds: that tracing and compiling took.
+    host: bytes, the most that this process has held in memory.
   """
 
   arguments: float
@@ -57,6 +61,7 @@ class Compiled:
   peak: float
   sent: Mapping[Key, float]
   seconds: float
+  host: float
 
 
 def compile_step(settings: Settings, layout: Layout, topology: Topology) -> Compiled:
@@ -81,6 +86,7 @@ def compile_step(settings: Settings, layout: Layout, topology: Topology) -> Comp
     peak=analysis.peak_memory_in_bytes,
     sent=sent_by_size(program, mesh.size),
     seconds=time.perf_counter() - started,
+    host=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
   )
 
 

@@ -107,4 +107,5 @@ def comparison_lines(found: Compiled, compared: Sequence[Comparison]) -> str:
     rows.append(
       (one.what, f'{one.predicted / GIB:.3f}', f'{one.compiled / GIB:.3f}', f'{one.error:+.1%}')
     )
-  return f'compiled in {found.seconds:.0f} s; most that lives at once: {found.peak / GIB:.1f} GiB\n{table(rows)}'
+  here = f'compiled in {found.seconds:.0f} s and {found.host / GIB:.1f} GiB of memory here'
+  return f'{here}; most that lives at once there: {found.peak / GIB:.1f} GiB\n{table(rows)}'

@@ -126,7 +126,7 @@ def test_a_missed_prediction_fails_with_the_worst_figure(monkeypatch, capsys):
   sent = {}
   for move in moves(work, layout):
     sent[move.kind, move.size] = sent.get((move.kind, move.size), 0.0) + move.sent
-  exact = Compiled(state, sum(needed.values()) - state, 0.0, sent, 1.0)
+  exact = Compiled(state, sum(needed.values()) - state, 0.0, sent, 1.0, 0.0)
   monkeypatch.setattr('experiments.plan.compile_step', lambda *_: exact)
   check(work, layout, topology)
   assert '+0.0%' in capsys.readouterr().out
