@@ -7,6 +7,9 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# Whether the interpreter knows transposed operands of wgmma; they came with its public name.
+INTERPRETER_TRANSPOSES = hasattr(plgpu, 'InterpretGPUParams')
+
 
 def _private(name: str) -> Any:
   """A module of the interpreter: its parameters are public from 0.11 on, what it found is not."""
@@ -39,7 +42,7 @@ def interpreter():
   Raises:
     RuntimeError: two threads touched the same memory without a barrier between them.
   """
-  module: Any = plgpu if hasattr(plgpu, 'InterpretGPUParams') else _private('params')
+  module: Any = plgpu if INTERPRETER_TRANSPOSES else _private('params')
   state = _private('interpret_pallas_call')
   try:
     params = module.InterpretGPUParams(detect_races=True, uninitialized_memory='nan')
@@ -52,4 +55,4 @@ def interpreter():
     state.reset_gpu_interpret_mode_state()
 
 
-__all__ = ['interpreter', 'kernel', 'pl', 'plgpu']
+__all__ = ['INTERPRETER_TRANSPOSES', 'interpreter', 'kernel', 'pl', 'plgpu']

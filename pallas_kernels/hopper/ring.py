@@ -169,4 +169,5 @@ def turned(ref, spare, wg):
   if spare is None:
     return ref.transpose((1, 0))
   spare[wg] = ref[...].T
+  plgpu.commit_smem()
   return spare.at[wg]

@@ -39,7 +39,7 @@ def simulated(blocks: int = 2):
   """
   from . import compat
 
-  token = _TARGET.set(Target(blocks, 'row_tma', transposes=False))
+  token = _TARGET.set(Target(blocks, 'row_tma', transposes=compat.INTERPRETER_TRANSPOSES))
   try:
     with compat.interpreter():
       yield
