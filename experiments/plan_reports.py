@@ -24,6 +24,7 @@ from experiments.planning.chips import Topology, parse_topology
 from experiments.planning.compiled import Compiled, compare, compile_step
 from experiments.planning.page import write_page
 from experiments.planning.search import describe, search
+from experiments.planning.traffic import FUSED
 from experiments.planning.workload import Layout, Workload, workload
 from experiments.settings import Settings
 
@@ -184,6 +185,7 @@ def readme(result: Mapping[str, Any]) -> str:
       f'| {row["seconds"]} | {row["matmul"]} | {row["memory"]} | {network:.3g} | {row["mfu"]:.1%} | {row["layouts"]} |'
     )
   lines += ['', '## Errors of the model', '', *_errors(result['compiled'])]
+  lines += ['', *_lessons(result['compiled'])]
   lines += [
     '',
     '```sh',
@@ -216,6 +218,20 @@ def _errors(compiled: Mapping[str, Any]) -> list[str]:
       lines.append(
         f'| | {one.what} | {one.predicted / report.GIB:.2f} | {one.compiled / report.GIB:.2f} | {one.error:+.1%} |'
       )
+  return lines
+
+
+def _lessons(compiled: Mapping[str, Any]) -> list[str]:
+  """What the compiled programs showed that could be had for less."""
+  lines = [
+    'Two sums travel more than they must. Gradients of experts are summed over `fsdp` on every device and cut '
+    f'afterwards where that axis is longer than {FUSED}, or `data` longer than 1: twice the bytes of a reduce-scatter. '
+    "The embedding's gradient is summed as a whole float32 table over all devices in every microbatch."
+  ]
+  if 'kimi' in compiled:
+    found = from_json(compiled['kimi'])
+    share = found.sent['all-reduce', 512] / sum(found.sent.values())
+    lines[0] += f' Sums over `fsdp` are {share:.0%} of what a device sends in the step of kimi_1t.'
   return lines
 
 

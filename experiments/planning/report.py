@@ -36,7 +36,7 @@ def heading(name: str, work: Workload, topology: Topology) -> str:
     'run as padded blocks' if work.blocks else 'have kernels that skip padding and rows of others'
   )
   return (
-    f'{name}: {total / 1e9:,.1f} billion parameters, {tokens / 1e6:,.1f} million tokens and {work.flops:.2e} model '
+    f'{name}: {total:,} parameters, {tokens:,} tokens and {work.flops:.2e} model '
     f'FLOPs a step; experts {experts}\n'
     f'{topology.name}: {topology.devices:,} devices of {chip.peak / 1e12:,.0f} TFLOP/s (bfloat16), '
     f'{chip.memory / GIB:.0f} GiB at {chip.memory_rate / 1e12:.2f} TB/s; {chip.source}'

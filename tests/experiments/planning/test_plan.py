@@ -21,7 +21,7 @@ def run(capsys, *arguments):
 def test_the_plan_ends_in_lines_to_paste_and_a_page(capsys, tmp_path):
   page = tmp_path / 'plan.html'
   out = run(capsys, '--topology=h100:8x16', f'--page={page}', '--top=3')
-  assert 'mixtral_8x7b: 46.7 billion parameters' in out
+  assert 'mixtral_8x7b: 46,702,792,704 parameters' in out
   lines = [line.rstrip(' \\') for line in out.splitlines() if line.startswith('--config.')]
   keys = [line.partition('=')[0] for line in lines]
   assert keys[:3] == ['--config.mesh.data', '--config.mesh.fsdp', '--config.mesh.expert']
