@@ -1,6 +1,8 @@
 """Where parameters lie: one table of path patterns. A parameter that no row matches, or two, is an error.
 
-A row gives the mesh axes of the last dimensions of a parameter; a leading layer axis is never sharded. The
+A row gives the mesh axes of the last dimensions of a parameter; a leading layer axis is never sharded. The one table
+serves every strategy: an axis of size one shards nothing, so that a mesh of `data` alone is data parallelism, of `fsdp`
+fully sharded data parallelism, of `expert` and `tensor` expert and tensor parallelism, and any product is one. The
 optimizer's moments carry their parameter's path at the end of their own and so follow the same table.
 """
 
@@ -17,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 Rule = tuple[str, tuple[str | None, ...]]
 
 RULES: tuple[Rule, ...] = (
-  # experts over `expert`, their model width over `fsdp`
-  (r'moe/([a-z]+/)?experts/(w_gate|w_up)', ('expert', 'fsdp', None)),
-  (r'moe/([a-z]+/)?experts/w_down', ('expert', None, 'fsdp')),
-  (r'moe/([a-z]+/)?shared/(w_gate|w_up)', (None, 'fsdp', None)),
-  (r'moe/([a-z]+/)?shared/w_down', (None, None, 'fsdp')),
+  # experts over `expert`, their model width over `fsdp`, their hidden width over `tensor`
+  (r'moe/([a-z]+/)?experts/(w_gate|w_up)', ('expert', 'fsdp', 'tensor')),
+  (r'moe/([a-z]+/)?experts/w_down', ('expert', 'tensor', 'fsdp')),
+  (r'moe/([a-z]+/)?shared/(w_gate|w_up)', (None, 'fsdp', 'tensor')),
+  (r'moe/([a-z]+/)?shared/w_down', (None, 'tensor', 'fsdp')),
   # experts of one neuron (PEER): what makes its row of a token's width
   (r'moe/(w_up|w_down)', (None, 'fsdp')),
   # what stands around a bank: small, except for projections of the width of the model
@@ -32,12 +34,12 @@ RULES: tuple[Rule, ...] = (
   (r'moe/([a-z]+/)?router/scorer/(\w+/)*\w+', ()),
   (r'stack/shared/(enter/weight|kernel|into|over|offset|over_offset)', ()),
   (r'moe/([a-z]+/)?router/bias', ()),
-  # the rest of a block: width of the model over `fsdp`
-  (r'(attention/(query|key|value)|ffn/(gate|up))/weight', ('fsdp', None)),
+  # the rest of a block: width of the model over `fsdp`, heads and hidden width over `tensor`
+  (r'(attention/(query|key|value)|ffn/(gate|up))/weight', ('fsdp', 'tensor')),
   # latent attention: narrow on one side, which a large axis does not divide
   (r'attention/(query|kv)_down/weight', ('fsdp', None)),
   (r'attention/(query|kv)_up/weight', (None, 'fsdp')),
-  (r'(attention/out|ffn/down)/weight', (None, 'fsdp')),
+  (r'(attention/out|ffn/down)/weight', ('tensor', 'fsdp')),
   (r'(attention/\w+|ffn/\w+)/bias', ()),
   (r'(attention/)?\w*norm/(scale|bias)', ()),
   (r'embed/weight', (None, 'fsdp')),
@@ -76,7 +78,7 @@ def spec_of(name: str, ndim: int, rules: Sequence[Rule] = RULES) -> P:
 
 
 def param_shardings(mesh: Mesh, params: Any, rules: Sequence[Rule] = RULES) -> Any:
-  """A sharding for every leaf of a pytree of (abstract) parameters.
+  """A sharding for every leaf of a pytree of (abstract) parameters; axes that the mesh lacks shard nothing.
 
   Raises:
     ValueError: a leaf that no rule or two rules match, or that does not divide over its axes.
@@ -84,7 +86,7 @@ def param_shardings(mesh: Mesh, params: Any, rules: Sequence[Rule] = RULES) -> A
 
   def place(path, leaf):
     name = path_name(path)
-    spec = spec_of(name, leaf.ndim, rules)
+    spec = P(*(axis if axis in mesh.shape else None for axis in spec_of(name, leaf.ndim, rules)))
     for size, axis in zip(leaf.shape, spec, strict=False):
       if axis is not None and size % mesh.shape[axis]:
         raise ValueError(

@@ -116,7 +116,7 @@ def test_the_mean_of_microbatch_losses_would_be_another_gradient(one_step):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 1, 4), (1, 2, 2, 2)])
 def test_a_mesh_changes_nothing(one_step, sizes):
   mesh = make_mesh(*sizes, devices=jax.devices())
   state, step, place = make64(mesh)

@@ -1,6 +1,7 @@
 """Every parameter of every model lies where exactly one rule says."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +105,10 @@ def test_parameters_and_tables_of_other_routers_are_on_every_device(router):
 
 
 def test_the_layer_axis_is_never_sharded():
-  assert spec_of('stack/segments/0/blocks/1/moe/experts/w_up', 4) == P(None, 'expert', 'fsdp', None)
-  assert spec_of('moe/experts/w_up', 3) == P('expert', 'fsdp', None)
+  assert spec_of('stack/segments/0/blocks/1/moe/experts/w_up', 4) == P(
+    None, 'expert', 'fsdp', 'tensor'
+  )
+  assert spec_of('moe/experts/w_up', 3) == P('expert', 'fsdp', 'tensor')
 
 
 def test_no_rule_and_two_rules_are_errors():
@@ -123,3 +126,38 @@ def test_sizes_that_do_not_divide_are_refused():
     ValueError, match='moe/experts/w_up of size 4 does not divide over mesh axis expert=8'
   ):
     param_shardings(mesh, params)
+
+
+STRATEGIES = {  # sizes of data, fsdp, expert, tensor -> shards of an expert's weight, of a hidden matrix, of the batch
+  'data': ((8, 1, 1, 1), 1, 1),
+  'fsdp': ((1, 8, 1, 1), 8, 8),
+  'expert': ((2, 1, 4, 1), 4, 1),
+  'tensor': ((1, 1, 1, 8), 8, 8),
+  'expert, fsdp and tensor': ((1, 2, 2, 2), 8, 4),
+}
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_one_table_serves_every_strategy(strategy):
+  """A mesh's sizes are the strategy; shards of the optimizer's moments are those of the parameters."""
+  sizes, of_expert, of_hidden = STRATEGIES[strategy]
+  mesh = make_mesh(*sizes, devices=jax.devices())
+  params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(decoder))[1])
+  shardings = param_shardings(mesh, params)
+  state = jax.eval_shape(optax.adam(1e-3).init, params)
+  placed = like_params(mesh, state, params, shardings)
+  for tree, leaves in ((shardings, params), (placed[0].mu, state[0].mu)):
+    parts = {
+      path_name(path): leaf.size // math.prod(sharding.shard_shape(leaf.shape))
+      for (path, sharding), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(leaves), strict=True
+      )
+    }
+    assert {n for name, n in parts.items() if 'moe/experts/' in name} == {of_expert}
+    assert {n for name, n in parts.items() if 'ffn/up' in name} == {of_hidden}
+
+
+def test_axes_that_a_mesh_lacks_shard_nothing():
+  mesh = jax.make_mesh((8,), ('expert',), axis_types=(jax.sharding.AxisType.Auto,))
+  params = {'moe': {'experts': {'w_up': jax.ShapeDtypeStruct((8, 8, 8), jnp.float32)}}}
+  assert param_shardings(mesh, params)['moe']['experts']['w_up'].spec == P('expert', None, None)

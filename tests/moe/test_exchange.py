@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import Assignment, Context, MoE, oracle
 from moejax.mesh.make import BATCH_AXES, make_mesh
-from moejax.mesh.traffic import collectives
+from moejax.mesh.rules import param_shardings
+from moejax.mesh.traffic import axes_of, collectives
 from moejax.moe.dispatch import DISPATCHES, einsum
 from moejax.moe.exchange import EXCHANGES, exchange_options, make_exchange, single
 
@@ -227,18 +228,78 @@ def test_ragged_all_to_all_is_the_hardware_operation_on_accelerators():
   assert 'ragged_all_to_all' not in run.lower(*arguments).as_text()
 
 
-def forward_collectives(name, options, mesh, router=None):
-  """Of one layer's forward pass, those of the exchange."""
+def sent(name, options, sizes, router=None):
+  """(kind, axes) -> bytes that the exchange of one device sends in a layer's forward pass.
+
+  Routing is apart: XLA:CPU does not partition `top_k` and gathers the logits.
+  """
+  mesh = make_mesh(*sizes, devices=jax.devices())
   layer = make_layer(make_exchange(name, mesh, BATCH_AXES, options), router)
   graph, state = nnx.split(layer)
-  x = jax.device_put(tokens(), NamedSharding(mesh, P(BATCH_AXES)))
-  program = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0]).lower(state, x).compile()
-  return [one for one in collectives(program, mesh.size) if 'shard_map' in one.source]
+  shardings = param_shardings(mesh, {'moe': nnx.to_pure_dict(state)})['moe']
+  placed = jax.tree.map(jax.device_put, nnx.to_pure_dict(state), shardings)
+  nnx.replace_by_pure_dict(state, placed)
+  run = jax.jit(
+    lambda state, x: nnx.merge(graph, state)(x)[0],
+    out_shardings=NamedSharding(mesh, P(BATCH_AXES, None, 'tensor')),
+  )
+  found = collectives(run.lower(state, on(mesh, tokens())).compile(), mesh.size)
+  assert {one.source.split('/')[1] for one in found} <= {'shard_map', 'top_k'}
+  total: dict = {}
+  for one in found:
+    if 'shard_map' in one.source:
+      key = one.kind, axes_of(one, mesh)
+      total[key] = total.get(key, 0) + one.sent
+  return total
 
 
-def test_gathering_is_one_gather_of_tokens_and_one_scatter():
-  mesh = make_mesh(1, 1, 8, devices=jax.devices())
-  found = forward_collectives('all_gather', {}, mesh)
-  wide = [(one.kind, one.operand) for one in found if one.operand >= T // 8 * D * 4]
-  assert sorted(wide) == [('all-gather', T // 8 * D * 4), ('reduce-scatter', T * D * 4)]
-  assert {one.kind for one in found} == {'all-gather', 'reduce-scatter'}
+ROW = D * 4  # bytes of a token in float32
+
+
+def test_gathering_sends_every_token_to_every_device_once_and_sums_once():
+  """Eight devices of six tokens: beside the tokens travel three numbers a row."""
+  found = sent('all_gather', {}, (1, 1, 8, 1))
+  assert found == {
+    ('all-gather', ('expert',)): 7 * 6 * (ROW + K * 3 * 4),
+    ('reduce-scatter', ('expert',)): 7 * 6 * ROW,
+  }
+
+
+def test_all_to_all_sends_its_places_there_and_back():
+  """Places of 2 * 12 / 8 = 3 rows, each with its expert; nothing else travels."""
+  places = 8 * 3
+  found = sent('all_to_all', {'capacity_factor': 2.0}, (1, 1, 8, 1))
+  assert found == {('all-to-all', ('expert',)): 7 / 8 * places * (2 * ROW + 4)}
+
+
+def test_ranks_of_an_expert_share_its_traffic():
+  """Twelve tokens on four devices, twice: each of two tensor ranks sends half of every row, not the same rows twice."""
+  places = 4 * 12
+  found = sent('all_to_all', {'capacity_factor': 2.0}, (1, 1, 4, 2))
+  assert found == {
+    ('all-to-all', ('expert',)): 3 / 4 * places * (2 * ROW / 2 + 4),
+    ('all-gather', ('tensor',)): places * ROW / 2,
+    ('reduce-scatter', ('tensor',)): places * ROW / 2,
+  }
+
+
+def test_a_second_hop_stays_inside_of_the_node():
+  """Two nodes of four devices; lost rows come back as a byte each."""
+  found = sent('bilevel', {'capacity_factor': 2.0, 'nodes': 2}, (1, 1, 8, 1))
+  between, within = 2 * 12, 4 * 6
+  assert found == {
+    ('all-to-all', ('expert',)): 1 / 2 * between * (2 * ROW + 4 + 1)
+    + 3 / 4 * within * (2 * ROW + 4)
+  }
+
+
+def test_of_soft_routers_only_slots_travel():
+  """One sequence a device, eight experts of two slots: S does not enter."""
+  found = sent('all_to_all', {}, (1, 1, 8, 1), {'name': 'soft', 'slots': 2})
+  assert found == {('all-to-all', ('expert',)): 2 * 7 / 8 * E * 2 * ROW}
+
+
+def test_weights_that_come_to_tokens_are_gathered_once():
+  """FSDP over the expert axis: three matrices of eight experts, of which a device has one."""
+  found = sent('local', {}, (1, 1, 8, 1))
+  assert found == {('all-gather', ('expert',)): 7 * 3 * D * F * 4}
