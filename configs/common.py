@@ -68,6 +68,8 @@ def get_config() -> ConfigDict:
 
   config.model.moe = ConfigDict()
   config.model.moe.layers = 'all'  # none, all, every_2, last_half, last_2, or indices: 4,5
+  config.model.moe.kind = 'experts'  # experts, residual, multi_head, cartesian, peer, deep, nested
+  config.model.moe.options = ConfigDict()  # of this kind: {'heads': 4}, {'widths': (1, 2, 3, 4)}
   config.model.moe.num_experts = 8
   config.model.moe.d_ff = 0  # hidden width of an expert at granularity 1; 0: model.d_ff
   # so many times as many experts, and as many active, each moe.d_ff / granularity wide
@@ -99,6 +101,9 @@ def get_config() -> ConfigDict:
   config.optim.weight_decay = 0.1
   config.optim.clip_norm = 1.0  # of the global gradient; 0: off
   config.optim.bias_rate = 0.0  # loss-free balancing: step of the router bias; 0: off
+  # after every step experts move towards each other, at last by this much (router ewa); 0: off
+  config.optim.average_rate = 0.0
+  config.optim.consistency = 0.0  # two passes a step, and how much they must agree (router thor)
 
   # devices an axis; -1: the rest
   config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1, 'tensor': 1})

@@ -24,7 +24,7 @@ from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.moe.dispatch import DISPATCHES
 from moejax.moe.exchange import Exchange, single
 from moejax.moe.exchange import make_exchange as exchange_by_name
-from moejax.moe.layer import MoE
+from moejax.moe.kinds import make_layer
 from moejax.moe.losses import check_losses
 from moejax.routers import SHARED, Flags, make_shared
 from moejax.scaling.ours import latent_of
@@ -32,7 +32,6 @@ from moejax.transformer import Decoder, Encoder, ViT
 from moejax.transformer.flops import (
   forward_flops_per_image,
   forward_flops_per_token,
-  moe_flops_per_token,
 )
 
 # What a compiled program does not depend on: it is an argument (experiments.step.Control), or of the host.
@@ -103,6 +102,8 @@ def build_program(settings: Settings, stream: Stream) -> Program:
       microbatches=settings.microbatches,
       losses=settings.model.moe.losses,
       bias_rate=settings.optim.bias_rate,
+      average_rate=settings.optim.average_rate,
+      consistency=settings.optim.consistency,
     )
   except ValueError as error:
     raise BadInput(str(error)) from error
@@ -185,6 +186,11 @@ def check_routing(settings: Settings) -> None:
   if settings.model.kind == 'decoder' and not facts.flags.prefix_safe and not settings.allow_leak:
     name = moe.router['name']
     safe = "model.moe.router.name='top_k'"
+    if moe.kind == 'nested':
+      raise BadInput(
+        f"model.moe.kind={moe.kind!r} lets a token see later ones: accepted are other kinds, model.kind='encoder' or "
+        "'vit', or allow_leak=True"
+      )
     if name in ('expert_choice', 'sinkhorn_expert_choice'):
       safe = "model.moe.router.group='position'"
     elif name in ('top_k', 'gshard', 'vmoe'):
@@ -223,42 +229,65 @@ def _check_group_size(settings: Settings) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RouterFacts:
-  """What is known of the layer's router before it exists.
+  """What is known of a mixture and its router before they exist.
 
   Attributes:
     flags: what it promises.
     has_bias: whether it has a bias that loss-free balancing moves.
     rows_per_token: sequence length -> mean number of experts (or slots) that work on a token.
+    active_share: sequence length -> fraction of the experts' parameters that work on a token.
+    flops: sequence length -> FLOPs of one token in the layer, by part.
   """
 
   flags: Flags
   has_bias: bool
   rows_per_token: Callable[[int], float]
+  active_share: Callable[[int], float]
+  flops: Callable[[int], dict[str, int | float]]
 
 
 def router_facts(model: ModelSettings) -> RouterFacts:
-  """Asks the layer's own router; no array is made.
+  """Asks the layer itself; no array is made.
 
   Raises:
-    ValueError: an unknown router or option, or one out of its range.
+    ValueError: an unknown kind, router or option, or one out of its range.
   """
-  routers, moe = [], model.moe
+  layers: list[Any] = []
 
   def make(key: jax.Array) -> None:
-    sizes = (model.d_model, moe.d_ff, moe.num_experts)
-    layer = MoE(
-      *sizes,
-      moe.router,
-      granularity=moe.granularity,
-      zero_experts=moe.zero_experts,
-      gated=False,
-      rngs=nnx.Rngs(key),
-    )
-    routers.append(layer.router)
+    layers.append(_layer(model, rngs=nnx.Rngs(key)))
 
   jax.eval_shape(make, jax.random.key(0))
-  router = routers[0]
-  return RouterFacts(router.flags, router.bias is not None, router.rows_per_token)
+  layer = layers[0]
+  router = getattr(layer, 'router', None)
+  has_bias = router is not None and router.bias is not None
+  asked = (layer.rows_per_token, layer.active_share, layer.flops_per_token)
+  return RouterFacts(layer.flags, has_bias, *asked)
+
+
+def _layer(model: ModelSettings, *, rngs: nnx.Rngs, **options: Any) -> Any:
+  moe = model.moe
+  return make_layer(
+    moe.kind,
+    model.d_model,
+    moe.d_ff,
+    moe.num_experts,
+    moe.router,
+    options=moe.options,
+    granularity=moe.granularity,
+    num_shared=moe.num_shared,
+    shared_mix=moe.shared_mix,
+    zero_experts=moe.zero_experts,
+    zero_cost=moe.zero_cost,
+    activation=model.activation,
+    gated=model.gated,
+    losses={},  # the training step makes them of the stats of all microbatches
+    output_norm=moe.output_norm,
+    momentum=moe.momentum or None,
+    out_scale=(2 * model.num_layers) ** -0.5,
+    rngs=rngs,
+    **options,
+  )
 
 
 def make_exchange(settings: Settings, mesh: Mesh) -> Exchange:
@@ -347,27 +376,8 @@ def _moe_maker(settings: Settings, mesh: Mesh, dtype):
     return None
   model, moe = settings.model, settings.model.moe
   exchange = make_exchange(settings, mesh)
-  return lambda rngs: MoE(
-    model.d_model,
-    moe.d_ff,
-    moe.num_experts,
-    moe.router,
-    granularity=moe.granularity,
-    num_shared=moe.num_shared,
-    shared_mix=moe.shared_mix,
-    zero_experts=moe.zero_experts,
-    zero_cost=moe.zero_cost,
-    activation=model.activation,
-    gated=model.gated,
-    losses={},  # the training step makes them of the stats of all microbatches
-    dispatch=DISPATCHES[moe.dispatch],
-    exchange=exchange,
-    output_norm=moe.output_norm,
-    momentum=moe.momentum or None,
-    out_scale=(2 * model.num_layers) ** -0.5,
-    dtype=dtype,
-    rngs=rngs,
-  )
+  dispatch = DISPATCHES[moe.dispatch]
+  return lambda rngs: _layer(model, dispatch=dispatch, exchange=exchange, dtype=dtype, rngs=rngs)
 
 
 def _shared_maker(model: ModelSettings) -> Callable[[nnx.Rngs], nnx.Module] | None:
@@ -418,22 +428,23 @@ def training_flops(settings: Settings, stream: Stream) -> float:
   return 3 * settings.batch_size * settings.data.sequence_length * sum(parts.values())
 
 
-def _moe_flops(settings: Settings, stream: Stream) -> dict[str, float]:
-  model, moe = settings.model, settings.model.moe
-  return moe_flops_per_token(
-    d_model=model.d_model,
-    d_ff=moe.d_ff // moe.granularity,
-    num_experts=moe.num_experts * moe.granularity,
-    experts_per_token=experts_per_token(settings, stream),
-    num_shared=moe.num_shared,
-    gated=model.gated,
-  )
+def _moe_flops(settings: Settings, stream: Stream) -> dict[str, int | float]:
+  return router_facts(settings.model).flops(sequence_length(settings, stream))
 
 
 def experts_per_token(settings: Settings, stream: Stream) -> float:
   """Mean number of routed experts that work on a token, before any drop."""
-  positions = settings.data.sequence_length
-  if stream.image_shape is not None:
-    height, width, _ = stream.image_shape
-    positions = (height // settings.model.patch_size) * (width // settings.model.patch_size)
-  return router_facts(settings.model).rows_per_token(positions)
+  return router_facts(settings.model).rows_per_token(sequence_length(settings, stream))
+
+
+def active_share(settings: Settings, stream: Stream) -> float:
+  """Fraction of the experts' parameters that work on a token, before any drop."""
+  return router_facts(settings.model).active_share(sequence_length(settings, stream))
+
+
+def sequence_length(settings: Settings, stream: Stream) -> int:
+  """Tokens, or patches of an image, in a sequence."""
+  if stream.image_shape is None:
+    return settings.data.sequence_length
+  height, width, _ = stream.image_shape
+  return (height // settings.model.patch_size) * (width // settings.model.patch_size)

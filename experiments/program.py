@@ -23,7 +23,7 @@ class Program:
     definition: the model.
     make_optimizer: of abstract parameters.
     mesh: over all devices.
-    microbatches, losses, bias_rate: see `make_train_step`.
+    microbatches, losses, bias_rate, average_rate, consistency: see `make_train_step`.
 
   Attributes:
     mesh, definition, optimizer: as given.
@@ -44,6 +44,8 @@ class Program:
     microbatches: int,
     losses: Mapping[str, float],
     bias_rate: float,
+    average_rate: float = 0.0,
+    consistency: float = 0.0,
   ):
     self.mesh = mesh
     self.definition = definition
@@ -55,6 +57,8 @@ class Program:
       microbatches=microbatches,
       losses=losses,
       bias_rate=bias_rate,
+      average_rate=average_rate,
+      consistency=consistency,
     )
     self._train_step = jax.jit(step, donate_argnums=0)
     self._compiled: Any = None

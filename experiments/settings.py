@@ -55,6 +55,8 @@ class DataSettings:
 @dataclasses.dataclass(frozen=True)
 class MoESettings:
   layers: Annotated[str, _layers]
+  kind: Literal['experts', 'residual', 'multi_head', 'cartesian', 'peer', 'deep', 'nested']
+  options: dict[str, Any]  # of this kind
   num_experts: Annotated[int, _at_least_1]
   d_ff: Annotated[int, _not_negative]  # resolved: never 0 after from_config
   granularity: Annotated[int, _at_least_1]
@@ -131,6 +133,8 @@ class OptimSettings:
   weight_decay: Annotated[float, _not_negative]
   clip_norm: Annotated[float, _not_negative]
   bias_rate: Annotated[float, _not_negative]
+  average_rate: Annotated[float, _fraction]
+  consistency: Annotated[float, _not_negative]
 
 
 @dataclasses.dataclass(frozen=True)

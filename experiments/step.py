@@ -23,6 +23,7 @@ from experiments.schedules import make_schedule
 from experiments.settings import OptimSettings
 from experiments.state import ModelDef, TrainState
 from moejax.arrays import RoutingStats
+from moejax.moe.averaging import average_banks, consistency_loss
 from moejax.moe.controllers import balance_biases
 from moejax.moe.losses import LOSSES, weighted_losses
 from moejax.moe.metrics import routing_metrics
@@ -36,12 +37,16 @@ SIDE = ('task', 'time', 'domain', 'text', 'maps')
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Totals:
-  """Sums over the predicted tokens (or images), and over layers' routing `[L, ...]` (None without mixtures)."""
+  """Sums over the predicted tokens (or images), and over layers' routing `[L, ...]` (None without mixtures).
+
+  `divergence` is that of the predictions of two passes; None of one pass.
+  """
 
   loss: jax.Array
   correct: jax.Array
   count: jax.Array
   stats: RoutingStats | None
+  divergence: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -71,30 +76,47 @@ def controls(optim: OptimSettings, seed: int, steps: int) -> Callable[[int], Con
   return at
 
 
-def totals(
+def predict(
   model, batch: Batch, rng: jax.Array | None, progress: jax.Array | None, train: bool
-) -> Totals:
-  """Cross-entropy of one batch, summed over what is to be predicted.
+) -> tuple[jax.Array, RoutingStats | None]:
+  """Logits and routing of one batch.
 
   Text: tokens, targets, segment_ids, positions and loss_mask `[B, S]`. Images: image `[B, I, J, Q]`, label `[B]`, and
   in evaluation valid `[B]`. Either may have what routers look at beside the tokens, names of `SIDE`.
   """
   side = {name: batch[name] for name in SIDE if name in batch}
   if 'image' in batch:
-    logits, stats = model(batch['image'], rng=rng, progress=progress, side=side, train=train)
-    targets, predicted = batch['label'], batch.get('valid', jnp.ones(batch['label'].shape, bool))
-  else:
-    logits, stats = model(
-      batch['tokens'],
-      positions=batch['positions'],
-      segment_ids=batch['segment_ids'],
-      mask=batch['segment_ids'] > 0,
-      rng=rng,
-      progress=progress,
-      side=side,
-      train=train,
-    )
-    targets, predicted = batch['targets'], batch['loss_mask']
+    return model(batch['image'], rng=rng, progress=progress, side=side, train=train)
+  return model(
+    batch['tokens'],
+    positions=batch['positions'],
+    segment_ids=batch['segment_ids'],
+    mask=batch['segment_ids'] > 0,
+    rng=rng,
+    progress=progress,
+    side=side,
+    train=train,
+  )
+
+
+def to_predict(batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Targets, and which of them count."""
+  if 'image' in batch:
+    return batch['label'], batch.get('valid', jnp.ones(batch['label'].shape, bool))
+  return batch['targets'], batch['loss_mask']
+
+
+def totals(
+  model, batch: Batch, rng: jax.Array | None, progress: jax.Array | None, train: bool
+) -> Totals:
+  """Cross-entropy of one batch, summed over what is to be predicted."""
+  logits, stats = predict(model, batch, rng, progress, train)
+  return totals_of(logits, stats, batch)
+
+
+def totals_of(logits: jax.Array, stats: RoutingStats | None, batch: Batch) -> Totals:
+  """The sums of these predictions."""
+  targets, predicted = to_predict(batch)
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   guess = logits.argmax(-1).astype(targets.dtype)
   return Totals(
@@ -105,6 +127,20 @@ def totals(
   )
 
 
+def totals_of_two(model, batch: Batch, rng: jax.Array, progress: jax.Array | None) -> Totals:
+  """Two passes with noise of their own: the means of their sums, the routing of both, and how far they disagree."""
+  passes = [predict(model, batch, key, progress, True) for key in jax.random.split(rng)]
+  first, second = (totals_of(logits, stats, batch) for logits, stats in passes)
+  disagree = consistency_loss(passes[0][0], passes[1][0], to_predict(batch)[1])
+  return Totals(
+    loss=(first.loss + second.loss) / 2,
+    correct=(first.correct + second.correct) / 2,
+    count=first.count,
+    stats=jax.tree.map(jnp.add, first.stats, second.stats),
+    divergence=disagree * first.count,
+  )
+
+
 def make_train_step(
   definition: ModelDef,
   optimizer: optax.GradientTransformation,
@@ -112,6 +148,8 @@ def make_train_step(
   microbatches: int,
   losses: Mapping[str, float],
   bias_rate: float,
+  average_rate: float = 0.0,
+  consistency: float = 0.0,
 ) -> Callable[[TrainState, Batch, Control], tuple[TrainState, Metrics]]:
   """The step `(state, batch, control) -> (state, metrics)`; a pure function, to be compiled with the state donated.
 
@@ -121,14 +159,20 @@ def make_train_step(
     microbatches: how many parts the batch is worked on in.
     losses: auxiliary losses, name -> coefficient, added up over layers.
     bias_rate: of the loss-free balancing controller; 0 for none.
+    average_rate: experts move towards each other after every step, by a rate that grows linearly from 0 to this (Huang
+      et al. 2023); 0 for none.
+    consistency: THOR's two passes a step (Zuo et al. 2022): half of `CE_1 + CE_2 + consistency * divergence`; 0 for one
+      pass.
 
   A step whose loss or gradient is not finite changes nothing but the counters.
   """
 
   def objective(params, routing, batch, rng, progress):
-    run = functools.partial(_training_totals, definition, routing, progress)
+    run = functools.partial(_training_totals, definition, routing, progress, consistency > 0)
     sums = sum_over_microbatches(run, params, batch, rng, microbatches)
     loss = sums.loss / jnp.maximum(sums.count, 1)
+    if sums.divergence is not None:
+      loss = loss + consistency / 2 * sums.divergence / jnp.maximum(sums.count, 1)
     auxiliary = {} if sums.stats is None else layer_losses(sums.stats, losses)
     return loss + sum(value.sum() for value in auxiliary.values()), sums
 
@@ -143,7 +187,10 @@ def make_train_step(
     if bias_rate and sums.stats is not None:
       routing = balance_biases(routing, sums.stats.chosen_e, bias_rate)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
-    new = (optax.apply_updates(state.params, updates), routing, opt_state)
+    params = optax.apply_updates(state.params, updates)
+    if average_rate:
+      params = average_banks(params, average_rate * control.progress)
+    new = (params, routing, opt_state)
     old = (state.params, state.routing, state.opt_state)
     params, routing, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     bad = (~finite).astype(jnp.int32)
@@ -168,9 +215,18 @@ def make_train_step(
 
 
 def _training_totals(
-  definition: ModelDef, routing: Any, progress: jax.Array, params: Any, batch: Batch, rng: jax.Array
+  definition: ModelDef,
+  routing: Any,
+  progress: jax.Array,
+  twice: bool,
+  params: Any,
+  batch: Batch,
+  rng: jax.Array,
 ) -> Totals:
-  return totals(definition.model(params, routing), batch, rng, progress, train=True)
+  model = definition.model(params, routing)
+  if twice:
+    return totals_of_two(model, batch, rng, progress)
+  return totals(model, batch, rng, progress, train=True)
 
 
 def sum_over_microbatches(
@@ -210,6 +266,8 @@ def summary(sums: Totals) -> Metrics:
   over layers."""
   count = jnp.maximum(sums.count, 1)
   metrics = {'loss': sums.loss / count, 'accuracy': sums.correct / count}
+  if sums.divergence is not None:
+    metrics['divergence'] = sums.divergence / count
   if sums.stats is None:
     return metrics
   for name in ('balance', 'z'):

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from experiments import cli, workdir
-from experiments.build import Experiment, assemble, experts_per_token, training_flops
+from experiments.build import Experiment, active_share, assemble, training_flops
 from experiments.checkpoint import Checkpoints
 from experiments.data import check_fingerprint, prefetch
 from experiments.errors import NonFiniteError
@@ -152,11 +152,9 @@ def make_progress(settings: Settings, parts: Experiment, first_step: int) -> Pro
 def parameter_counts(settings: Settings, parts: Experiment, state: TrainState) -> dict[str, int]:
   """All parameters, and those that work on one token: a mixture counts with the experts of a token."""
   counts = count_params(state.params)
-  experts, moe = counts.get('moe/experts', 0), settings.model.moe
-  share = 0.0
-  if experts:
-    share = experts_per_token(settings, parts.train_stream) / (moe.num_experts * moe.granularity)
-  active = counts['total'] - round(experts * (1 - min(1.0, share)))
+  experts = counts.get('moe/experts', 0)
+  share = active_share(settings, parts.train_stream) if experts else 0.0
+  active = counts['total'] - round(experts * (1 - share))
   return {'parameters': counts['total'], 'active_parameters': active}
 
 

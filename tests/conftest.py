@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 import random
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
@@ -58,10 +59,47 @@ def pytest_addoption(parser):
     action='store_true',
     help='every router on every exchange and mesh as a whole layer (tests/test_every_exchange.py); an hour',
   )
+  help = (
+    'measure the properties of a router of your own: module:function, found from where pytest runs'
+  )
+  parser.addoption('--router', metavar='MODULE:FUNCTION', help=help)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+  """A router of one's own stands in the table of all routers while the tests run."""
+  name = config.getoption('--router')
+  if name is None:
+    return
+  sys.path.insert(0, os.getcwd())  # processes of pytest-xdist have another first entry
+  from moejax import routers
+
+  try:
+    routers.ROUTERS[name] = routers.find_router(name)
+  except ValueError as error:
+    raise pytest.UsageError(f'--router: {error}') from error
+
+
+def pytest_ignore_collect(collection_path, config):
+  """With --router, the table of routers alone."""
+  table = ROOT / 'tests' / 'test_every_router.py'
+  if config.getoption('--router') and collection_path.is_file() and collection_path != table:
+    return True
+  return None
+
+
+def _only(items, row):
+  """Keeps the tests of this row."""
+  items[:] = [
+    item
+    for item in items
+    if getattr(item, 'callspec', None) and item.callspec.params.get('row') == row
+  ]
+
+
+def pytest_collection_modifyitems(config, items):
   """Tests of one file run in one process, and of a table of routers those of one row."""
+  if config.getoption('--router'):
+    _only(items, config.getoption('--router'))
   for item in items:
     row = getattr(item, 'callspec', None) and item.callspec.params.get('row')
     group = f'{item.path.relative_to(ROOT)}:{row}' if row else f'{item.path.relative_to(ROOT)}'

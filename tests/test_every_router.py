@@ -106,6 +106,8 @@ ROWS = {
   'kamoe': {'name': 'kamoe', 'width': 6, 'cells': 3},
 }
 
+ROWS |= {name: {'name': name} for name in ROUTERS if ':' in name}  # pytest --router module:function
+
 
 ONE_OF_EACH = tuple({options['name']: row for row, options in ROWS.items()}.values())
 """A row for each router, the last one."""
@@ -132,8 +134,8 @@ def row(request):
 LOSSES = {'balance': 1.0, 'z': 1.0, 'importance': 1.0, 'sequence_balance': 1.0}
 
 
-def make_layer(row, **options) -> MoE:
-  layer = MoE(D, F, E, dict(ROWS[row]), losses=LOSSES, rngs=nnx.Rngs(0), **options)
+def make_layer(row, seed=0, **options) -> MoE:
+  layer = MoE(D, F, E, dict(ROWS[row]), losses=LOSSES, rngs=nnx.Rngs(seed), **options)
   if layer.router.bias is not None:
     layer.router.bias = RouterBias(jnp.array([0.3, -0.2, 0.0, 0.1], jnp.float32))
   return layer
@@ -369,6 +371,59 @@ def test_padding_is_invisible_whatever_it_holds(row):
   assert float(jnp.abs(gradients[1][1, 3:]).max()) == 0
   assert float(stats.tokens) == 8
   assert float(stats.prob_e.sum()) == pytest.approx(8, rel=1e-5)
+
+
+@pytest.mark.parametrize('row', ['top_k', *(row for row in ONE_OF_EACH if row not in SCORERS)])
+def test_decoding_one_token_at_a_time_is_one_pass_where_the_flag_says_so(row):
+  """Every token as a sequence of its own, with its own part of the context, gets the same experts and weights."""
+  layer, x = make_layer(row), tokens()
+  flags, context_of_all = layer.router.flags, context(train=False, positions=POSITIONS)
+  apart = context(train=False, token_ids=ids().reshape(-1, 1), positions=POSITIONS.reshape(-1, 1))
+  usual = (
+    'task',
+    'time',
+    'domain',
+    'text',
+    'maps',
+  )  # of the whole sequence, for each of its tokens
+  apart = dataclasses.replace(
+    apart, **{name: jnp.repeat(getattr(context_of_all, name), S, 0) for name in usual}
+  )
+  if not flags.one_by_one:
+    assert not (flags.prefix_safe_eval and flags.batch_free and flags.deterministic_eval) or (
+      flags.needs_past
+    )
+    return
+  graph, state = nnx.split(layer.router)
+  route = jax.jit(lambda state, x, context: nnx.merge(graph, state)(x, context))
+  one_pass = combine_weights(route(state, x, context_of_all))
+  one_by_one = combine_weights(route(state, x.reshape(-1, 1, D), apart))
+  np.testing.assert_allclose(one_by_one, one_pass, atol=1e-5)
+
+
+POSITIONS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
+
+
+def combine_weights(plan) -> np.ndarray:
+  """`[T, E]`."""
+  if isinstance(plan, SoftPlan):
+    return np.asarray(plan.combine.sum(-1)).reshape(-1, plan.combine.shape[-2])
+  weight_te = np.zeros((B * S, plan.num_experts + 1))
+  np.add.at(weight_te, (np.asarray(plan.token), np.asarray(plan.expert)), np.asarray(plan.weight))
+  return weight_te[:, :-1]
+
+
+def test_what_is_saved_and_restored_routes_as_before(row):
+  """Parameters, biases, tables and seeds as a pure dict of numpy arrays, which is what a checkpoint holds."""
+  layer, x = make_layer(row), tokens()
+  saved = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(layer)[1]))
+  graph, state = nnx.split(make_layer(row, seed=1))
+  nnx.replace_by_pure_dict(state, saved)
+  restored = program(row)(nnx.merge(graph, state), x, context())
+  for got, want in zip(
+    jax.tree.leaves(restored), jax.tree.leaves(program(row)(layer, x, context())), strict=True
+  ):
+    np.testing.assert_array_equal(got, want)
 
 
 def test_equal_experts_are_one_dense_layer_up_to_the_weights(row):

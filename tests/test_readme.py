@@ -2,10 +2,13 @@
 
 import ast
 import math
+import os
 import pathlib
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import typing
 
 import jax
@@ -20,6 +23,7 @@ from experiments.settings import MoESettings
 from moejax import Assignment, Context, Scores
 from moejax.mesh.make import AXES
 from moejax.moe.dispatch import DISPATCHES
+from moejax.moe.kinds import KINDS
 from moejax.moe.losses import LOSSES
 from moejax.moe.momentum import MOMENTA
 from moejax.moe.stats import routing_stats
@@ -51,7 +55,7 @@ def code(cell: str) -> list[str]:
 def names(tmp_path_factory) -> dict:
   """All names after the ```python blocks have run, in order, as one program."""
   blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-  assert len(blocks) == 3
+  assert len(blocks) == 4
   program = tmp_path_factory.mktemp('readme') / 'readme.py'
   program.write_text('\n'.join(blocks), encoding='utf-8')
   return runpy.run_path(str(program), run_name='readme')
@@ -77,6 +81,46 @@ def test_the_router_of_the_readme_is_what_it_says(names):
   count_t = (names['top_p'](x).expert.reshape(-1, 8) < 8).sum(1)
   assert count_t.min() >= 1
   assert count_t.max() > count_t.min()
+
+
+def test_the_property_table_takes_the_router_of_the_readme(tmp_path):
+  """In a process of its own, as a user runs it; a part of the table, and that a false flag fails."""
+  blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+  assert len([line for line in blocks[2].splitlines() if line.strip()]) < 40
+  (tmp_path / 'my_router.py').write_text(
+    blocks[2] + '\n\ndef unsafe(*, d_model, num_experts, rngs):\n'
+    '  from moejax.routers import make_router\n'
+    '  made = make_router("image", d_model=d_model, num_experts=num_experts, rngs=rngs)\n'
+    '  made.flags = dataclasses.replace(made.flags, prefix_safe_eval=True)\n'
+    '  return made\n'
+  )
+
+  def run(name, select):
+    tests = str(ROOT / 'tests')
+    command = [sys.executable, '-m', 'pytest', '-n', '0', '-q', '-p', 'no:cacheprovider']
+    command += [
+      '-c',
+      str(ROOT / 'setup.cfg'),
+      '--rootdir',
+      str(ROOT),
+      '--router',
+      name,
+      '-k',
+      select,
+      tests,
+    ]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(
+      command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout[-2000:]
+
+  code, out = run('my_router:my_router', 'padding or contract or one_pass')
+  assert code == 0, out
+  assert '3 passed' in out
+  code, out = run('my_router:unsafe', 'later and eval')
+  assert code == 1, out
+  assert '1 failed' in out
 
 
 def test_every_path_exists():
@@ -118,7 +162,7 @@ def test_the_table_of_routers_is_the_flags():
 def test_the_tables_of_options_are_complete():
   values = [row['values'] for row in table('option', 'values', 'where')]
   exchanges = typing.get_args(typing.get_type_hints(MoESettings)['exchange'])
-  accepted = [PRIORITIES, SECOND_POLICIES, GROUPS, DISPATCHES, exchanges, MOMENTA, AXES]
+  accepted = [PRIORITIES, SECOND_POLICIES, GROUPS, KINDS, DISPATCHES, exchanges, MOMENTA, AXES]
   assert [set(code(cell)) for cell in values] == [set(names) for names in accepted]
   rows = table('weighting', 'affinity', 'weights of the chosen', 'used by')
   assert {code(row['weighting'])[0]: row['affinity'] for row in rows} == {

@@ -56,7 +56,7 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
     programs: of runs before it in this process; see `experiments.build.assemble`.
   """
   # JAX is imported here, so that a worker is on its cores before
-  from experiments.build import experts_per_token, training_flops
+  from experiments.build import active_share, training_flops
   from experiments.errors import NonFiniteError
   from experiments.log import read_lines
   from experiments.settings import Settings
@@ -76,16 +76,15 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
   metrics = {key: value for key, value in lines[-1].items() if not isinstance(value, (list, dict))}
   result: dict[str, Any] = metrics | {'status': status or record.status_of(metrics)}
   if parts is not None:
-    stream, moe = parts.train_stream, settings.model.moe
+    stream = parts.train_stream
     images = stream.image_shape is not None
     tokens = settings.steps * settings.batch_size * (1 if images else settings.data.sequence_length)
-    active = experts_per_token(settings, stream) / (moe.num_experts * moe.granularity)
     result |= record.size(
       settings,
       count_params(parts.program.abstract.params),
       tokens,
       settings.steps * training_flops(settings, stream),
-      active if settings.model.moe_layers else 1.0,
+      active_share(settings, stream) if settings.model.moe_layers else 1.0,
     )
   result |= {'train_seconds': lines[-1]['time']['seconds'], 'seconds': time.monotonic() - start}
   record.write_result(folder, result)

@@ -22,14 +22,19 @@ RULES: tuple[Rule, ...] = (
   # experts over `expert`, their model width over `fsdp`, their hidden width over `tensor`
   (r'moe/([a-z]+/)?experts/(w_gate|w_up)', ('expert', 'fsdp', 'tensor')),
   (r'moe/([a-z]+/)?experts/w_down', ('expert', 'tensor', 'fsdp')),
-  (r'moe/([a-z]+/)?shared/(w_gate|w_up)', (None, 'fsdp', 'tensor')),
-  (r'moe/([a-z]+/)?shared/w_down', (None, 'tensor', 'fsdp')),
+  (r'moe/([a-z]+/)?(shared|core)/(w_gate|w_up)', (None, 'fsdp', 'tensor')),
+  (r'moe/([a-z]+/)?(shared|core)/w_down', (None, 'tensor', 'fsdp')),
+  # stacked mixtures without choice
+  (r'moe/(first|second)/kernel', ('expert', 'fsdp', None)),
+  (r'moe/(first|second)/gate_(in|out)(_offset)?', ()),
   # experts of one neuron (PEER): what makes its row of a token's width
   (r'moe/(w_up|w_down)', (None, 'fsdp')),
   # what stands around a bank: small, except for projections of the width of the model
   (r'moe/([a-z]+/)?(zero/(mix|value)|shared_mix/(weight|bias)|keys)', ()),
   (r'moe/(query|split|merge)/weight', ('fsdp', None)),
   (r'moe/(split|merge|query)/bias', ()),
+  # of nested experts, whose weights are those of a dense layer
+  (r'moe/(gate_kernel|gate_offset|alpha)', ()),
   # routers are small, and float32 on every device
   (r'moe/([a-z]+/)?router/scorer/(\w+/)*\w+', ()),
   (r'stack/shared/(enter/weight|kernel|into|over|offset|over_offset)', ()),

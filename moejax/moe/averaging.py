@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def average_experts(params_e: Any, rate: float | Array, axis: int = 0) -> Any:
+def average_experts(params_e: Any, rate: jax.typing.ArrayLike, axis: int = 0) -> Any:
   """Every expert moves towards the mean of the others: `(1 - rate) W_i + rate * mean of W_j, j != i`.
 
   A controller, applied after the optimizer's step, to parameters alone and not to the optimizer's moments. The mean
@@ -34,6 +34,21 @@ def average_experts(params_e: Any, rate: float | Array, axis: int = 0) -> Any:
     return weight + pull * (weight.mean(axis, keepdims=True) - weight)
 
   return jax.tree.map(average, params_e)
+
+
+def average_banks(params: Any, rate: jax.typing.ArrayLike) -> Any:
+  """`average_experts` for every bank of experts of a model; what is no bank stays as it is.
+
+  Args:
+    params: pure dict of a model's parameters, those of a bank `[L, E, ...]` (moejax/transformer/stack.py).
+    rate: share rate.
+  """
+
+  def one(path, leaf: Array) -> Array:
+    names = [str(key.key) for key in path]
+    return average_experts(leaf, rate, axis=1) if 'experts' in names else leaf
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def collapse(params_e: Any, axis: int = 0) -> Any:

@@ -16,6 +16,7 @@ from moejax.arrays import Aux, Context, RoutingStats
 from moejax.moe.layer import MoE
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
+from moejax.routers.router import Flags
 from moejax.transformer.linear import RMSNorm
 
 
@@ -84,6 +85,24 @@ class CartesianMoE(nnx.Module):
   def initial_state(self, x_bsd: Float[Array, 'B S D']) -> dict[str, Array]:
     """As of `MoE`; the second mixture is the layer above the first."""
     return self.first.initial_state(x_bsd)
+
+  @property
+  def flags(self) -> Flags:
+    """What the router promises."""
+    return self.first.flags
+
+  def rows_per_token(self, sequence_length: int) -> float:
+    """Mean number of rows in either mixture."""
+    return self.first.rows_per_token(sequence_length)
+
+  def active_share(self, sequence_length: int) -> float:
+    """Fraction of the experts' parameters that works on a token."""
+    return self.first.active_share(sequence_length)
+
+  def flops_per_token(self, sequence_length: int) -> dict[str, int | float]:
+    """Model FLOPs of one token, by part: twice those of a mixture."""
+    flops = self.first.flops_per_token(sequence_length)
+    return {part: 2 * count for part, count in flops.items()}
 
 
 def side_by_side(first: RoutingStats, second: RoutingStats) -> RoutingStats:

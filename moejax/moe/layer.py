@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,12 @@ from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.moe.momentum import make_momentum
 from moejax.moe.stats import routing_stats
+from moejax.moe.widths import parts_of, rows_of_parts, with_core
 from moejax.moe.zero_computation import ZeroExperts, rows_of_bank
-from moejax.routers import Router, count_option, make_router
+from moejax.routers import Flags, Router, count_option, make_router
 from moejax.routers.expert_choice import from_groups, to_groups
 from moejax.routers.router import as_batch, as_given
+from moejax.transformer.flops import moe_flops_per_token
 from moejax.transformer.linear import Linear, RMSNorm
 
 
@@ -49,6 +51,13 @@ class MoE(nnx.Module):
       weights 'softmax_topk').
     zero_cost: relative cost of an expert without computation in the loss 'cost_balance' (tau in MoE++, 0.75): below 1
       they take more tokens.
+    widths: relative widths of the experts, one each, as (9, 11, 13, ...) in HMoE (Wang et al. 2024); their mean is
+      d_ff. Rows cost what the width of their expert does, and the loss `cost_balance` is the paper's parameter penalty
+      (divided by k). None: all alike.
+    core: every expert is a common core plus its own residual (Residual MoE, Wu et al. 2022).
+    core_noise: size of the initial residuals beside usual initial weights; 0: all experts start equal.
+    forward_one: outputs have weight one, gradients that of the router: a layer whose experts are equal starts as the
+      dense one (Residual MoE with k = 1). The experts run twice.
     activation, gated: see `Experts`.
     losses: name -> coefficient, names of `moejax.moe.losses.LOSSES`.
     dispatch: `fused`, `sorted_rows` or `einsum` of moejax/moe/dispatch.py.
@@ -76,6 +85,10 @@ class MoE(nnx.Module):
     shared_mix: bool = False,
     zero_experts: Mapping[str, int] | None = None,
     zero_cost: float = 1.0,
+    widths: Sequence[int] | None = None,
+    core: bool = False,
+    core_noise: float = 0.0,
+    forward_one: bool = False,
     activation: str = 'silu',
     gated: bool = True,
     losses: Mapping[str, float] | None = None,
@@ -116,8 +129,17 @@ class MoE(nnx.Module):
     losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
     check_losses(losses)
     bank = {'activation': activation, 'gated': gated, 'dtype': dtype, 'out_scale': out_scale}
+    if widths is not None and router.slots:
+      raise ValueError('widths with a soft router: accepted are routers that choose experts')
     self.router = router
-    self.experts = Experts(d_model, d_ff, num_experts, **bank, rngs=rngs)
+    self.num_experts, self.d_ff = num_experts, d_ff
+    self.parts, unit = (None, d_ff) if widths is None else parts_of(widths, num_experts, d_ff)
+    self.experts = Experts(d_model, unit, sum(self.parts or (1,) * num_experts), **bank, rngs=rngs)
+    self.core = Experts(d_model, unit, 1, **bank, rngs=rngs) if core else None
+    self.forward_one = forward_one
+    if core:
+      own = nnx.split(self.experts)[1]
+      nnx.update(self.experts, jax.tree.map(lambda w: core_noise * w, own))
     self.shared = Experts(d_model, num_shared * d_ff, 1, **bank, rngs=rngs) if num_shared else None
     wide = wide_dtype(dtype)
     self.shared_mix = (
@@ -178,16 +200,45 @@ class MoE(nnx.Module):
       state |= self.momentum.initial_state(x_bsd.shape, wide_dtype(x_bsd.dtype))
     return state
 
+  @property
+  def flags(self) -> Flags:
+    """What the router promises."""
+    return self.router.flags
+
+  def rows_per_token(self, sequence_length: int) -> float:
+    """Mean number of rows that experts work on for a token, before any drop."""
+    return self.router.rows_per_token(sequence_length)
+
+  def active_share(self, sequence_length: int) -> float:
+    """Fraction of the experts' parameters that works on a token; of unlike experts when all have as many tokens."""
+    return min(1.0, self.rows_per_token(sequence_length) / self.num_experts)
+
+  def flops_per_token(self, sequence_length: int) -> dict[str, int | float]:
+    """Model FLOPs of one token, by part."""
+    d_model, gated = self.experts.w_up.shape[-2], self.experts.w_gate is not None
+    num_shared = 0 if self.shared is None else self.shared.w_up.shape[-1] // self.d_ff
+    return moe_flops_per_token(
+      d_model=d_model,
+      d_ff=self.d_ff,
+      num_experts=self.num_experts,
+      experts_per_token=self.rows_per_token(sequence_length),
+      num_shared=num_shared,
+      gated=gated,
+    )
+
   def _send(
     self, x_bsd: Array, assignment: Assignment, dtype: jnp.dtype
   ) -> tuple[Array, Assignment, Array]:
     """Outputs, the rows that were worked on, and how many of those that should have been were not."""
     x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
-    num_experts = self.experts.num_experts
-    rows = rows_of_bank(assignment, num_experts)
-    y_td, lost_r = self.exchange(x_td, rows, self.experts, self.dispatch)
+    rows = rows_of_bank(assignment, self.num_experts)
+    y_td, lost_r = self._work(x_td, rows)
+    if self.forward_one:
+      ones_r = jnp.where(rows.expert < self.num_experts, jnp.ones_like(rows.weight), 0)
+      whole_td, _ = self._work(x_td, dataclasses.replace(rows, weight=ones_r))
+      y_td = y_td + jax.lax.stop_gradient(whole_td - y_td)
     if self.zero is not None:
-      y_td = y_td + self.zero(x_td, assignment, num_experts)
+      y_td = y_td + self.zero(x_td, assignment, self.num_experts)
     y_bsd = y_td.reshape(x_bsd.shape)
     if lost_r is None:
       return y_bsd, assignment, jnp.zeros((), dtype)
@@ -198,6 +249,17 @@ class MoE(nnx.Module):
     )
     return y_bsd, worked, lost_r.sum(dtype=dtype)
 
+  def _work(self, x_td: Array, rows: Assignment) -> tuple[Array, Array | None]:
+    """Outputs of these rows, and which of them an exchange lost; a row of several parts with any of them."""
+    if self.parts is None:
+      return self.exchange(x_td, rows, self._bank(), self.dispatch)
+    parts = rows_of_parts(rows, self.parts)
+    y_td, lost_r = self.exchange(x_td, parts, self._bank(), self.dispatch)
+    return y_td, None if lost_r is None else lost_r.reshape(rows.expert.size, -1).any(1)
+
+  def _bank(self) -> Experts:
+    return self.experts if self.core is None else with_core(self.experts, self.core)
+
   def _add_shared(self, x_bsd: Array, y_bsd: Array) -> Array:
     shared_bsd = self.shared.slots(x_bsd[:, None])[:, 0]
     if self.shared_mix is None:
@@ -206,10 +268,11 @@ class MoE(nnx.Module):
     return share_bso[..., :1] * y_bsd + share_bso[..., 1:] * shared_bsd
 
   def _costs(self, num_all: int) -> tuple[float, ...] | None:
-    if self.zero is None:
+    if self.zero is None and self.parts is None:
       return None
-    num_experts = self.experts.num_experts
-    return (1.0,) * num_experts + (self.zero_cost,) * (num_all - num_experts)
+    mean = sum(self.parts or (1,)) / len(self.parts or (1,))
+    costs = tuple(part / mean for part in self.parts or (1,) * self.num_experts)
+    return costs + (self.zero_cost,) * (num_all - self.num_experts)
 
   def _mix(self, x_bsd: Array, plan: SoftPlan) -> Array:
     """Slots instead of rows: made where the tokens are, and only they travel."""
@@ -220,7 +283,7 @@ class MoE(nnx.Module):
       parts = [to_groups(part, 'position', plan.across) for part in parts]
     dispatch, combine, mixed_bsd = parts
     slots_bepd = jnp.einsum('BSEP,BSD->BEPD', dispatch, mixed_bsd)
-    y_bsd = jnp.einsum('BSEP,BEPD->BSD', combine, self.exchange.slots(slots_bepd, self.experts))
+    y_bsd = jnp.einsum('BSEP,BEPD->BSD', combine, self.exchange.slots(slots_bepd, self._bank()))
     shape = (x_bsd.shape[0], x_bsd.shape[1])
     return from_groups(y_bsd, 'position', shape) if plan.across else y_bsd
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Aux, Context
 from moejax.moe.layer import MoE
+from moejax.routers.router import Flags
 from moejax.transformer.linear import Linear
 
 _half_xavier = nnx.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')  # gain 1 / sqrt(2)
@@ -88,6 +89,25 @@ class MultiHeadMoE(nnx.Module):
     """As of `MoE`, of sub-tokens."""
     b, s, d = x_bsd.shape
     return self.moe.initial_state(x_bsd.reshape(b, s * self.heads, d // self.heads))
+
+  @property
+  def flags(self) -> Flags:
+    """What the router promises."""
+    return self.moe.flags
+
+  def rows_per_token(self, sequence_length: int) -> float:
+    """Mean number of rows of all sub-tokens of a token."""
+    return self.heads * self.moe.rows_per_token(sequence_length * self.heads)
+
+  def active_share(self, sequence_length: int) -> float:
+    """Fraction of the experts' parameters that works on a token at most: when its sub-tokens choose apart."""
+    return min(1.0, self.heads * self.moe.active_share(sequence_length * self.heads))
+
+  def flops_per_token(self, sequence_length: int) -> dict[str, int | float]:
+    """Model FLOPs of one token, by part."""
+    flops = self.moe.flops_per_token(sequence_length * self.heads)
+    flops = {part: self.heads * count for part, count in flops.items()}
+    return flops | {'split_and_merge': 2 * 2 * self.split.weight.shape[-1] ** 2}
 
 
 def repeat_positions(context: Context, times: int) -> Context:

@@ -19,7 +19,7 @@ from moejax.arrays import Aux, Context, RoutingStats, wide_dtype
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.moe.neurons import neurons
-from moejax.routers.router import as_batch
+from moejax.routers.router import Flags, as_batch
 from moejax.transformer.linear import LayerNorm, Linear
 from pallas_kernels import check_activation, hidden
 
@@ -54,6 +54,8 @@ class Peer(nnx.Module):
   Raises:
     ValueError: a size or option out of its range.
   """
+
+  flags = Flags(prefix_safe_train=True, prefix_safe_eval=True, batch_free=True)
 
   def __init__(
     self,
@@ -143,6 +145,21 @@ class Peer(nnx.Module):
     metrics = routing_metrics(stats) | usage(expert_bsnk, real, self.side**2)
     aux = Aux(weighted_losses(stats, dict(self.losses)), metrics, stats)
     return y_td.astype(x.dtype).reshape(x.shape), aux
+
+  def rows_per_token(self, sequence_length: int) -> float:
+    """Experts that work on a token."""
+    return float(self.heads * self.k)
+
+  def active_share(self, sequence_length: int) -> float:
+    """Fraction of the experts' parameters that works on a token."""
+    return min(1.0, self.heads * self.k / self.side**2)
+
+  def flops_per_token(self, sequence_length: int) -> dict[str, int | float]:
+    """Model FLOPs of one token, by part; the sums of the k * k candidates are elementwise work."""
+    d_model, width = self.query.weight.shape
+    keys = 2 * self.side * width  # both halves of all heads' queries with n keys each
+    experts = self.heads * self.k * 2 * 2 * d_model
+    return {'router': 2 * d_model * width + keys, 'experts': experts}
 
   def expert(self, index: int):
     """One expert as a function `[..., D] -> [..., D]`: what the oracle loops over."""

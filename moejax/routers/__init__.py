@@ -1,6 +1,8 @@
 """All routers by their short names."""
 
 import difflib
+import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 
@@ -125,7 +127,7 @@ def make_router(name: str, *, d_model: int, num_experts: int, rngs: nnx.Rngs, **
   """A router by its short name.
 
   Args:
-    name: one of `router_names()`.
+    name: one of `router_names()`, or 'module:function' for a router of your own: a function of the arguments below.
     d_model: D.
     num_experts: E.
     rngs: source of the initial parameters.
@@ -135,7 +137,28 @@ def make_router(name: str, *, d_model: int, num_experts: int, rngs: nnx.Rngs, **
     ValueError: an unknown name or option, or an option out of its range.
   """
   check_router_options(name, options)
-  return ROUTERS[name](d_model=d_model, num_experts=num_experts, rngs=rngs, **options)
+  return find_router(name)(d_model=d_model, num_experts=num_experts, rngs=rngs, **options)
+
+
+def find_router(name: str) -> Callable[..., Router]:
+  """The function that makes routers of this name.
+
+  Raises:
+    ValueError: an unknown name; of 'module:function', a module or function that is not there.
+  """
+  if name in ROUTERS:
+    return ROUTERS[name]
+  module, colon, function = name.partition(':')
+  if not colon:
+    raise ValueError(
+      f'router name={name!r}: accepted are {", ".join(router_names())}{_nearest(name, ROUTERS)}'
+    )
+  if importlib.util.find_spec(module.partition('.')[0]) is None:
+    raise ValueError(f'router name={name!r}: there is no module {module!r} to import')
+  found = getattr(importlib.import_module(module), function, None)
+  if not callable(found):
+    raise ValueError(f'router name={name!r}: module {module!r} has no function {function!r}')
+  return found
 
 
 def make_shared(
@@ -154,19 +177,15 @@ def make_shared(
 
 def router_options(name: str) -> tuple[str, ...]:
   """Names of the options that a router takes beside d_model, num_experts and rngs."""
-  if name not in ROUTERS:
-    raise ValueError(
-      f'router name={name!r}: accepted are {", ".join(router_names())}{_nearest(name, ROUTERS)}'
-    )
   hidden = {'d_model', 'num_experts', 'rngs', 'scorer', 'affinity'}
   accepted: dict[str, None] = {}
-  function: Callable[..., Router] | None = ROUTERS[name]
+  function: Callable[..., Router] | None = find_router(name)
   while function is not None:
     parameters = inspect.signature(function).parameters.values()
     own = {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in hidden}
     accepted |= own
     passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    function, fixed = PASSED_ON[function] if passes_on else (None, ())
+    function, fixed = PASSED_ON.get(function, (None, ())) if passes_on else (None, ())
     hidden |= set(fixed)
   return tuple(accepted)
 

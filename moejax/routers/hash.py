@@ -130,6 +130,7 @@ def hash_layer(
       batch_free=True,
       trains_router=False,
       needs=('token_ids',),
+      needs_past=of != 'token',
     ),
     choices=1,
   )

@@ -219,5 +219,6 @@ def space_moe(
       batch_free=True,
       trains_router=weighting != 'unweighted',
       needs=('text', 'maps'),
+      needs_past=True,  # a map's largest value
     ),
   )

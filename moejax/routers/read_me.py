@@ -107,7 +107,7 @@ def read_me(
     'prefix_safe_train': router.flags.prefix_safe_train and causal,
     'prefix_safe_eval': router.flags.prefix_safe_eval and causal,
   }
-  return with_flags(router, **safe, trains_router=False, needs=('shared',))
+  return with_flags(router, **safe, trains_router=False, needs=('shared',), needs_past=True)
 
 
 def read_me_shared(

@@ -28,6 +28,8 @@ class Flags:
     deterministic_eval: with `train=False`, no randomness.
     trains_router: the task loss has a gradient in the router's parameters.
     needs: fields of the context that the router cannot do without, such as 'token_ids'.
+    needs_past: the router reads what stands before a token in its sequence, or counts it: decoding one token at a time,
+      it needs that again. Without it, prefix-safe and batch-free, one token at a time is one pass.
     has_state: the router leaves something for the layer above and reads what the layer below left.
     stays_in_sequence: no row of an assignment leaves its sequence, so that a batch may be cut between
       sequences without an exchange.
@@ -39,6 +41,7 @@ class Flags:
   deterministic_eval: bool = True
   trains_router: bool = True
   needs: tuple[str, ...] = ()
+  needs_past: bool = False
   has_state: bool = False
   stays_in_sequence: bool = True
 
@@ -46,6 +49,12 @@ class Flags:
   def prefix_safe(self) -> bool:
     """Whether a causal language model may use the router at all."""
     return self.prefix_safe_train and self.prefix_safe_eval
+
+  @property
+  def one_by_one(self) -> bool:
+    """Whether tokens that are decoded one at a time are routed as in one pass."""
+    safe = self.prefix_safe_eval and self.batch_free and self.deterministic_eval
+    return safe and not self.needs_past
 
 
 Affinity = Callable[[Array, Array | None, Array | None, Context], Scores]

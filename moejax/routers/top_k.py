@@ -10,7 +10,7 @@ options of this one function: weights, capacity and its priority, noise, bias.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from moejax.arrays import Assignment, Context, Scores
 from moejax.routers.affinity import TokenAffinity
-from moejax.routers.capacity import PRIORITIES, capacity, keep_within_capacity_by_group
+from moejax.routers.capacity import PRIORITIES, capacities, capacity, keep_within_capacity_by_group
 from moejax.routers.router import Affinity, Flags, Router
 from moejax.routers.scorers import LinearScorer, context_key
 from moejax.routers.weighting import WEIGHTINGS, Weights, normalised
@@ -36,6 +36,7 @@ class Capacity:
     priority: see `moejax.routers.capacity.keep_within_capacity`.
     group: 'batch' (one buffer for all tokens of the call) or 'sequence' (one for each).
     renorm_after_drop: renormalise the weights of the surviving choices of a token to sum to one.
+    shares: relative capacity of every expert; None: all alike.
   """
 
   train_factor: float
@@ -43,6 +44,7 @@ class Capacity:
   priority: str = 'token_major'
   group: str = 'batch'
   renorm_after_drop: bool = False
+  shares: tuple[float, ...] | None = None
 
   def prefix_safe(self, k: int, train: bool) -> bool:
     """'random' order holds in training only; with one choice the two position orders are the same."""
@@ -136,7 +138,9 @@ class TopKAssign:
     if order_gt is not None:
       order_gt = jax.lax.stop_gradient(order_gt).reshape(*group_shape)
     factor = rule.train_factor if context.train else rule.eval_factor
-    limit = capacity(expert_gtk.shape[1], num_experts, self.k, factor)
+    limit: int | Array = capacity(expert_gtk.shape[1], num_experts, self.k, factor)
+    if rule.shares is not None:
+      limit = capacities(expert_gtk.shape[1], rule.shares, self.k, factor)
     keep_gtk = keep_within_capacity_by_group(expert_gtk, num_experts, limit, priority, order_gt)
     return kept_bsk & keep_gtk.reshape(expert_bsk.shape)
 
@@ -157,6 +161,7 @@ def token_choice(
   priority: str = 'token_major',
   capacity_group: str = 'batch',
   renorm_after_drop: bool = False,
+  capacity_shares: Sequence[int | float] | None = None,
   second_policy: str = 'all',
   second_threshold: float = 0.2,
   balance_bias: bool = False,
@@ -176,6 +181,8 @@ def token_choice(
     priority: 'token_major', 'choice_major', 'score' (batch-prioritised routing) or 'random'.
     capacity_group: 'batch' or 'sequence', the tokens that share a buffer.
     renorm_after_drop: renormalise the weights of what survives (DeepSpeed; GShard does not).
+    capacity_shares: relative capacities, one an expert: C_e = ceil(factor * k * tokens * share_e / sum of shares). In
+      MoE++ tau = 0.75 for feed-forward experts and 1 for those without computation, with a factor of 1.1.
     second_policy: what becomes of second choices, 'all', 'none', 'threshold' (kept above
       `second_threshold`) or 'random' (kept with probability weight / `second_threshold` in training, as
       'threshold' outside of it): GShard.
@@ -202,12 +209,16 @@ def token_choice(
       priority,
       capacity_group,
       renorm_after_drop,
+      _check_shares(capacity_shares, num_experts),
     )
+  elif capacity_shares is not None:
+    raise ValueError('capacity_shares without capacity_factor: accepted with one, or None')
   flags = Flags(
     prefix_safe_train=limit is None or limit.prefix_safe(k, train=True),
     prefix_safe_eval=limit is None or limit.prefix_safe(k, train=False),
     batch_free=limit is None or capacity_group == 'sequence',
     trains_router=weighting != 'unweighted',
+    needs_past=limit is not None,
   )
   return Router(
     scorer,
@@ -328,6 +339,16 @@ def _check(num_experts: int, k: int, weighting: str, *factors: float | None) -> 
       raise ValueError(
         f'capacity_factor={factor}: accepted are positive numbers, or None for dropless'
       )
+
+
+def _check_shares(
+  shares: Sequence[int | float] | None, num_experts: int
+) -> tuple[float, ...] | None:
+  if shares is not None and (len(shares) != num_experts or any(not s > 0 for s in shares)):
+    raise ValueError(
+      f'capacity_shares={tuple(shares)}: accepted are {num_experts} positive numbers'
+    )
+  return None if shares is None else tuple(float(share) for share in shares)
 
 
 def check_name(key: str, value: str, accepted) -> None:

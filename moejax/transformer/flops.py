@@ -134,5 +134,16 @@ def _part(names: list[str]) -> str:
     return 'moe/router'
   inside = names[names.index('blocks') + 2 :]  # stack/segments/0/blocks/1/<inside>
   if inside[0] == 'moe':
-    return '/'.join(inside[:2])
+    return _mixture_part(inside[1:])
   return 'norm' if inside[0].endswith('_norm') else inside[0]
+
+
+def _mixture_part(names: list[str]) -> str:
+  """The bank is 'moe/experts' in every kind of mixture, routers are 'moe/router'; the rest has its own names."""
+  of_one_neuron, without_choice = names[0] in ('w_up', 'w_down'), names[1:] == ['kernel']
+  nested = names[0] == 'ffn'
+  if 'experts' in names or of_one_neuron or without_choice or nested:
+    return 'moe/experts'
+  if 'router' in names or names[0] in ('query', 'keys') or names[-1].startswith('gate_'):
+    return 'moe/router'
+  return f'moe/{names[0]}' if len(names) < 3 else f'moe/{names[-2]}'

@@ -39,6 +39,7 @@ def _config_keys(config, prefix=''):
       'model.moe.zero_experts',
       'model.moe.momentum',
       'model.moe.exchange_options',
+      'model.moe.options',
     )
     keys |= _config_keys(value, f'{prefix}{name}.') if nested else {prefix + name}
   return keys

@@ -39,12 +39,20 @@ def batch(seed=0, rows=B):
 
 
 def make(
-  mesh=None, optimizer=None, *, microbatches=1, bias_rate=0.0, losses=ALL_LOSSES, dtype=jnp.float32
+  mesh=None,
+  optimizer=None,
+  *,
+  microbatches=1,
+  bias_rate=0.0,
+  losses=ALL_LOSSES,
+  dtype=jnp.float32,
+  router=ROUTER,
+  **controllers,
 ):
   """State, step and batch placement of a two-layer mixture on one device or on a mesh."""
   exchange = single if mesh is None else AllGather(mesh, BATCH_AXES)
   mesh = mesh or make_mesh(devices=jax.devices()[:1])
-  moe = functools.partial(MoE, 8, 12, 4, dict(ROUTER), losses={}, exchange=exchange, dtype=dtype)
+  moe = functools.partial(MoE, 8, 12, 4, dict(router), losses={}, exchange=exchange, dtype=dtype)
   definition = ModelDef(
     lambda rngs: Decoder(
       V, 8, 2, 2, 16, moe=lambda rngs: moe(rngs=rngs), moe_layers=(0, 1), dtype=dtype, rngs=rngs
@@ -53,7 +61,12 @@ def make(
   optimizer = optimizer or optax.sgd(1.0)
   init, _, optimizer = make_state(definition, lambda params: optimizer, mesh)
   step = make_train_step(
-    definition, optimizer, microbatches=microbatches, losses=losses, bias_rate=bias_rate
+    definition,
+    optimizer,
+    microbatches=microbatches,
+    losses=losses,
+    bias_rate=bias_rate,
+    **controllers,
   )
   control = Control(np.uint32(0), np.ones((), dtype), np.float32(0.0))
   state = init(jax.random.key(0))
@@ -193,3 +206,21 @@ def test_every_loss_is_reported_a_layer():
 def _stats_of_one():
   layer = MoE(8, 12, 4, rngs=nnx.Rngs(0))
   return layer(jnp.ones((1, 2, 8)))[1].stats
+
+
+def test_experts_move_towards_each_other_and_two_passes_towards_agreement():
+  """THOR's loss and averaged weights in one step; with a learning rate of 0 nothing else moves."""
+  state, step, place = make(losses={}, router={'name': 'thor'}, average_rate=0.4, consistency=3.0)
+  still = Control(np.uint32(0), np.float32(0), np.float32(0.5))
+  new, metrics = step(state, place(batch()), control=still)
+  want = metrics['loss'] + 1.5 * metrics['divergence']
+  np.testing.assert_allclose(metrics['total_loss'], want, rtol=1e-6)
+  assert float(metrics['divergence']) > 0
+  for (path, old), moved in zip(
+    jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(new.params), strict=True
+  ):
+    if 'experts' in jax.tree_util.keystr(path):
+      others = (old.sum(1, keepdims=True) - old) / 3
+      np.testing.assert_allclose(moved, 0.8 * old + 0.2 * others, atol=1e-6)
+    else:
+      np.testing.assert_array_equal(moved, old)

@@ -1,0 +1,107 @@
+"""From settings to models: every kind of mixture and every state of a router has its place, its work and its losses."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from experiments.build import active_share, check_routing, model_maker, training_flops
+from experiments.errors import BadInput
+from experiments.settings import Settings
+from experiments.state import ModelDef, TrainState
+from experiments.step import Control, make_train_step
+from moejax.mesh.make import make_mesh
+from moejax.mesh.rules import param_shardings
+from moejax.transformer import count_params
+
+STREAM = types.SimpleNamespace(vocab_size=16, image_shape=None, num_classes=None)
+CASES = {
+  'plain': {},
+  'unlike widths': {'options': {'widths': (1, 2, 2, 3)}, 'losses': {'cost_balance': 0.1}},
+  'residual': {'kind': 'residual', 'options': {'core_noise': 0.1}},
+  'multi_head': {'kind': 'multi_head', 'options': {'heads': 2}},
+  'cartesian': {'kind': 'cartesian', 'num_shared': 1},
+  'peer': {'kind': 'peer', 'options': {'heads': 2, 'k': 2, 'query_width': 4}},
+  'deep': {'kind': 'deep', 'losses': {'importance': 0.1}},
+  'nested': {'kind': 'nested', 'allow_leak': True},
+  'rmoe': {
+    'router': {'name': 'rmoe', 'width': 4, 'share_cell': True},
+    'momentum': {'name': 'adam'},
+  },
+  'read_me': {'router': {'name': 'read_me', 'width': 4}},
+  'moe_plus_plus': {
+    'router': {
+      'name': 'gating_residual',
+      'capacity_factor': 1.1,
+      'capacity_shares': (3, 3, 3, 3, 4, 4),
+    },
+    'zero_experts': {'copy': 1, 'zero': 1},
+    'zero_cost': 0.75,
+    'losses': {'cost_balance': 0.01},
+  },
+}
+
+
+def settings_of(allow_leak=False, **moe):
+  config = common.get_config()
+  config.allow_leak = allow_leak
+  config.batch_size, config.data.sequence_length = 2, 6
+  config.model.update({'d_model': 8, 'num_layers': 4, 'num_heads': 2, 'd_ff': 24})
+  config.model.moe.num_experts = 4
+  config.model.moe.layers = 'every_2'
+  for key, value in moe.items():
+    config.model.moe[key] = value
+  return Settings.from_config(config)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_mixture_of_a_config_has_its_place_and_takes_a_step(case):
+  """Shapes alone: nothing is compiled."""
+  settings = settings_of(**CASES[case])
+  check_routing(settings)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  definition = ModelDef(model_maker(settings, STREAM, mesh))
+  params, routing = jax.eval_shape(definition.init, jax.random.key(0))
+  assert param_shardings(mesh, params)
+  assert param_shardings(mesh, routing) is not None
+  counts = count_params(params)
+  assert counts['moe/experts'] > 0
+  assert 0 < active_share(settings, STREAM) <= 1
+  assert training_flops(settings, STREAM) > training_flops(settings_of(layers='none'), STREAM) / 2
+  optimizer = optax.sgd(1.0)
+  step = make_train_step(
+    definition, optimizer, microbatches=1, losses=settings.model.moe.losses, bias_rate=0.0
+  )
+
+  def first_step(key, control):
+    params, routing = definition.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, params, routing, optimizer.init(params), zero, zero)
+    rows = jnp.zeros((2, 6), jnp.int32)
+    names = ('tokens', 'targets', 'positions')
+    batch = dict.fromkeys(names, rows) | {'segment_ids': rows + 1, 'loss_mask': rows == 0}
+    return step(state, batch, control)
+
+  control = Control(np.uint32(0), np.float32(1), np.float32(0))
+  state, metrics = jax.eval_shape(first_step, jax.random.key(0), control)
+  assert metrics['load'].shape[0] == 2
+  assert jax.tree.structure(state.params) == jax.tree.structure(params)
+
+
+def test_a_router_that_needs_what_the_data_do_not_have_is_refused():
+  with pytest.raises(BadInput, match="needs task, which data.name='wiki6' has none of"):
+    check_routing(settings_of(router={'name': 'm3vit'}))
+
+
+def test_nested_experts_of_a_causal_model_are_refused():
+  with pytest.raises(BadInput, match="model.moe.kind='nested' lets a token see later ones"):
+    check_routing(settings_of(kind='nested'))
+
+
+def test_an_option_that_a_kind_does_not_have_is_refused():
+  with pytest.raises(BadInput, match="model.moe: option 'heads' of kind 'deep': accepted are gate"):
+    check_routing(settings_of(kind='deep', options={'heads': 2}))
