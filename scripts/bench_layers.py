@@ -60,8 +60,12 @@ def layer_steps(name: str, options: dict, experts: int):
     y, aux = nnx.merge(graph, params, rest)(x, context)
     return (y * y).mean() + sum(aux.losses.values())
 
-  def router_alone(params, x):
-    scores, plan = nnx.merge(graph, params, rest).router.route(x, context)
+  router_graph, router_params, router_rest = nnx.split(layer.router, nnx.Param, ...)
+
+  def router_alone(
+    params, x
+  ):  # of its own parameters: gradients of experts would be zeros to fill in
+    scores, plan = nnx.merge(router_graph, params, router_rest).route(x, context)
     floats = [leaf for leaf in jax.tree.leaves((scores, plan)) if leaf.dtype == x.dtype]
     whole_numbers = [leaf for leaf in jax.tree.leaves(plan) if leaf.dtype != x.dtype]
     # -inf marks experts that cannot be chosen; integers must not be optimised away
@@ -69,9 +73,9 @@ def layer_steps(name: str, options: dict, experts: int):
     return total + 1e-9 * sum(leaf.sum() for leaf in whole_numbers)
 
   steps = []
-  for function in (whole, router_alone):
-    compiled = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(params, x).compile()
-    steps.append(functools.partial(compiled, params, x))
+  for function, own in ((whole, params), (router_alone, router_params)):
+    compiled = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(own, x).compile()
+    steps.append(functools.partial(compiled, own, x))
   return steps
 
 
