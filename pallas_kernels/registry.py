@@ -11,8 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# What `implementation=None` takes on a platform; every other platform takes DEFAULT. CUDA is among those until 'gpu'
-# has run on hardware: interpreted and compiled kernels prove neither the order of memory accesses nor speed.
+# What `implementation=None` takes on a platform; every other platform takes DEFAULT. A body enters here when its speed
+# has been measured on that platform: an interpreter and a compiler show neither speed nor, of a GPU,
+# the order of memory accesses. And all bodies that stand here are traced into every program, whatever it is lowered for.
 BY_PLATFORM = {'cpu': 'cpu'}
 DEFAULT = 'blocks'
 

@@ -134,9 +134,9 @@ def _rows_spec(x: Rows, rows: int, width: int, column) -> pl.BlockSpec:
 def _matmul_kernel(
   tile, group, starts, used, *refs, counts, products, transpose_rhs, epilogue, steps
 ):
-  refs = iter(refs)
-  lhs, rhs, extras, outs = ([next(refs) for _ in range(count)] for count in counts)
-  sums = list(refs)
+  rest = iter(refs)
+  lhs, rhs, extras, outs = ([next(rest) for _ in range(count)] for count in counts)
+  sums = list(rest)
   v, k = pl.program_id(1), pl.program_id(2)
   num_rows = lhs[0].shape[0]
   begin, end = (starts[group[v] + i] - tile[v] * num_rows for i in (0, 1))

@@ -16,7 +16,7 @@ LIMIT = 60 * 2**20
 # At the boundary of two groups only these rows of a tile are computed.
 PART = 128
 # Multiplications of one step: the compiler writes them all out.
-STEP_WORK = {2: 2**30, 4: 2**28}
+STEP_WORK = {2: 2**30, 4: 2**27}
 INTENSITY = 400  # FLOPs in the time of one byte
 # A matrix is loaded into the matmul unit in the time of this many rows, half of it hidden.
 LOAD = 64

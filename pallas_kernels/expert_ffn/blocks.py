@@ -29,7 +29,8 @@ def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, 
   y_td = _combine(y, token_r, plan, blocks, x_td.shape[0], groups).astype(x_td.dtype)
   if not save:
     return y_td, None
-  packed = jnp.stack([padded.from_blocks(p, blocks) for p in pre])  # [1 or 2, R, F]
+  narrow = [p.astype(x_td.dtype) for p in pre]
+  packed = jnp.stack([padded.from_blocks(p, blocks) for p in narrow])  # [1 or 2, R, F]
   return y_td, jnp.pad(packed, ((0, 0), (0, overrun(num_rows, num_experts)), (0, 0)))
 
 
@@ -43,7 +44,7 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
   narrow = lambda values: values.astype(x_td.dtype)
   weight = padded.into_blocks(weight_r.astype(acc), row, blocks)[:, :, None]
   x, dy = padded.into_blocks(x_td, token, blocks), padded.into_blocks(dy_td, token, blocks)
-  saved = tuple(padded.into_blocks(p, blocks.row, blocks) for p in pre)
+  saved = tuple(padded.into_blocks(p, blocks.row, blocks).astype(acc) for p in pre)
   a, pull = jax.vjp(functools.partial(_hidden, activation), saved)
   da = padded.matmul(dy, _of(w_down, blocks, x_td), (2, 2), acc)
   (dpre,) = pull(da * weight)

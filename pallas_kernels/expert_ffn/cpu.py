@@ -31,6 +31,8 @@ from ..registry import accumulator
 def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save):
   """(`y [T, D]`, pre-activations `[1 or 2, R + overrun, F]` in packed order, or None unless `save`).
 
+  Pre-activations are kept in the type of x.
+
   Rows are added in packed order whatever `groups` promises of theirs.
   """
   acc = accumulator(x_td, w_down)
@@ -39,7 +41,8 @@ def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, 
   zeros = lambda *shape: zeros_like_varying(shape, acc, x_td)
   pre = None
   if save:
-    pre = zeros(len(into), num_rows + overrun(num_rows, num_experts), w_down.shape[1])
+    shape = (len(into), num_rows + overrun(num_rows, num_experts), w_down.shape[1])
+    pre = zeros_like_varying(shape, x_td.dtype, x_td)
 
   def visit_expert(carry, scanned):
     start, end, into, w_down = scanned
@@ -56,7 +59,7 @@ def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, 
       if save:
         for i, p_wf in enumerate(pre_w):
           at = (jnp.int32(i), first, jnp.int32(0))
-          pre = jax.lax.dynamic_update_slice(pre, p_wf[None], at)
+          pre = jax.lax.dynamic_update_slice(pre, p_wf[None].astype(pre.dtype), at)
       return add_rows(y_td, token_w, y_wd), pre
 
     return walk(start, end, block_widths(num_rows, num_experts), visit_block, carry), None
@@ -88,7 +91,8 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
       weight_w = jnp.where(inside_w, take(row_weight, row_w), 0)[:, None]
       x_wd, dy_wd = take(x_td, token_w).astype(acc), take(dy_td, token_w).astype(acc)
       # Rows past the end hold what other experts saved.
-      saved = [jnp.where(inside_w[:, None], read(pre[i], first, width), 0) for i in range(len(pre))]
+      saved = [read(pre[i], first, width).astype(acc) for i in range(len(pre))]
+      saved = [jnp.where(inside_w[:, None], p_wf, 0) for p_wf in saved]
       a_wf, pull = jax.vjp(lambda *pre_w: hidden(activation, pre_w), *saved)
       da_wf = matmul_t(dy_wd, down_e)
       dpre = pull(da_wf * weight_w)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pallas_kernels import grouped_matmul, pack, top_k
+from pallas_kernels import expert_ffn, grouped_matmul, pack, top_k
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
@@ -25,7 +25,7 @@ class Program(NamedTuple):
   Attributes:
     name: of the program.
     function: of arrays.
-    args: `(shape, dtype)` of each.
+    args: `(shape, dtype)` of each; tuples of them are tuples of arrays.
     kernels: names of the kernels that it must call.
     temporary_mib: memory besides arguments and results is less than this; a copy of an operand would be more.
   """
@@ -57,12 +57,56 @@ def _grouped(name, rows, groups, inner, columns, dtype, transpose_rhs=False):
   return Program(f'grouped_matmul {name}', _gradients(transpose_rhs), args, kernels, mib)
 
 
+class _Routing(NamedTuple):
+  token: jax.Array
+  expert: jax.Array
+  weight: jax.Array
+  num_experts: int
+  groups: int
+
+
+def _ffn_gradients(choices, num_experts, activation):
+  def run(x, expert, weight, into, w_down, dy):
+    def ffn(x, weight, into, w_down):
+      token = jnp.arange(expert.shape[0], dtype=jnp.int32) // choices
+      routing = _Routing(token, expert, weight, num_experts, x.shape[0])
+      gate, up = into if len(into) == 2 else (None, *into)
+      options = dict(activation=activation, implementation='tpu')
+      return expert_ffn(x, routing, gate, up, w_down, **options)
+
+    y, pull = jax.vjp(ffn, x, weight, into, w_down)
+    return y, pull(dy)
+
+  return run
+
+
+def _ffn(name, t, d, f, e, k, dtype, activation, matrices=2):
+  into = (((e, d, f), dtype),) * matrices
+  args = (
+    ((t, d), dtype),
+    ((t * k,), I32),
+    ((t * k,), F32),
+    into,
+    ((e, f, d), dtype),
+    ((t, d), dtype),
+  )
+  kernels = tuple(f'expert_ffn_{name}' for name in ('up', 'down', 'dhidden', 'dx', 'dup', 'ddown'))
+  run = _ffn_gradients(k, e, activation)
+  # Rows of x, dy, y and dx; pre-activations and their gradients; the hidden layer, twice. A quarter more for what XLA
+  # keeps of a gather.
+  buffers = t * k * (4 * d + 2 * (matrices + 1) * f) * jnp.dtype(dtype).itemsize
+  return Program(f'expert_ffn {name}', run, args, kernels, 1 + 1.25 * buffers / 2**20)
+
+
 PROGRAMS = (
-  _grouped('A up', 262144, 64, 2048, 1024, BF16),
   _grouped('A up transposed', 262144, 64, 2048, 1024, BF16, transpose_rhs=True),
   _grouped('B down', 196608, 128, 256, 1536, BF16),
   _grouped('C down', 65536, 8, 14336, 4096, BF16),
   _grouped('C up in float32', 65536, 8, 4096, 14336, F32),
+  _ffn('A', 32768, 2048, 1024, 64, 8, BF16, 'silu'),
+  _ffn('B', 24576, 1536, 256, 128, 8, BF16, 'gelu'),
+  _ffn('in float32, plain', 8192, 512, 1024, 16, 2, F32, 'relu2', matrices=1),
+  _ffn('widths that no tile divides', 96, 8, 12, 4, 1, F32, 'relu'),
   _grouped('widths that no tile divides', 1000, 7, 200, 136, F32),
   Program(
     'top_k of 64',
@@ -80,7 +124,9 @@ PROGRAMS = (
 def describe(program: Program, device) -> dict:
   """Kernels called and temporary memory of the compiled program."""
   sharding = jax.sharding.SingleDeviceSharding(device)
-  args = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in program.args]
+  is_shape = lambda arg: isinstance(arg[0][0], int)
+  array = lambda arg: jax.ShapeDtypeStruct(*arg, sharding=sharding)
+  args = jax.tree.map(array, program.args, is_leaf=is_shape)
   lowered = jax.jit(program.function).lower(*args)
   memory = lowered.compile().memory_analysis()
   names = re.findall(r'tpu_custom_call.*?kernel_name = "(\w+)"', lowered.as_text())
@@ -89,7 +135,7 @@ def describe(program: Program, device) -> dict:
 
 def main():
   topology = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1])
-  print(json.dumps({p.name: describe(p, topology.devices[0]) for p in PROGRAMS}))
+  print(json.dumps({p.name: describe(p, topology.devices[0]) for p in PROGRAMS}), flush=True)
 
 
 if __name__ == '__main__':
