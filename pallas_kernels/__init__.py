@@ -9,6 +9,10 @@ from .activations import check_activation as check_activation
 from .activations import hidden as hidden
 from .expert_ffn import expert_ffn as expert_ffn
 from .grouped_matmul import grouped_matmul as grouped_matmul
+from .quantised_matmul import Quantised as Quantised
+from .quantised_matmul import quantise as quantise
+from .quantised_matmul import quantised_matmul as quantised_matmul
+from .ragged_all_to_all import ragged_all_to_all as ragged_all_to_all
 from .registry import Unsupported as Unsupported
 from .routing import lay_out as lay_out
 from .routing import pack as pack

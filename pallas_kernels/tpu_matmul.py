@@ -50,6 +50,7 @@ def matmul(
   products: Sequence[Product] = (Product(0, 0, 0),),
   transpose_rhs: bool = False,
   extras: Sequence[Rows] = (),
+  per_group: Sequence[Array] = (),
   outs: Sequence[Rows],
   epilogue: Callable | None = None,
   name: str,
@@ -63,6 +64,7 @@ def matmul(
     tiles: K and N are multiples of theirs.
     products: what is multiplied.
     extras: rows `[R, N]` that the epilogue reads; of `[1, R]` it reads `[1, rows]`.
+    per_group: `[E, 1, N]`, of which the epilogue reads its group's row, after the extras.
     outs: types of the results: as extras. Of `[n_tiles, 1, R]` each column tile writes its own row.
     epilogue: `(sums, extras) -> results` in float32 or the type of the result.
     name: of the compiled kernel.
@@ -75,7 +77,7 @@ def matmul(
   )
   body = functools.partial(
     _matmul_kernel,
-    counts=(len(lhs), len(rhs), len(extras), len(outs)),
+    counts=(len(lhs), len(rhs), len(extras), len(per_group), len(outs)),
     products=products,
     transpose_rhs=transpose_rhs,
     epilogue=epilogue or (lambda sums, extras: sums),
@@ -100,12 +102,15 @@ def matmul(
   wide = [
     _rows_spec(x, tiles.rows, tiles.columns, lambda n, v, k, used: n) for x in (*extras, *outs)
   ]
+  matrices = [pl.BlockSpec(matrix, matrix_at)] * len(rhs)
+  group_at = lambda n, v, k, tile, group, starts, used: (jnp.minimum(group[v], last), 0, n)
+  group_spec = pl.BlockSpec((None, 1, tiles.columns), group_at)
   return pl.pallas_call(
     body,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=grid,
-      in_specs=[*lhs_specs, *[pl.BlockSpec(matrix, matrix_at)] * len(rhs), *wide[: len(extras)]],
+      in_specs=[*lhs_specs, *matrices, *wide[: len(extras)], *[group_spec] * len(per_group)],
       out_specs=wide[len(extras) :],
       scratch_shapes=scratch if steps > 1 else [],
     ),
@@ -114,7 +119,7 @@ def matmul(
       dimension_semantics=('parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=LIMIT
     ),
     name=name,
-  )(*visits, *(x.array for x in lhs), *rhs, *(x.array for x in extras))
+  )(*visits, *(x.array for x in lhs), *rhs, *(x.array for x in extras), *per_group)
 
 
 def _rows_spec(x: Rows, rows: int, width: int, column) -> pl.BlockSpec:
@@ -135,7 +140,7 @@ def _matmul_kernel(
   tile, group, starts, used, *refs, counts, products, transpose_rhs, epilogue, steps
 ):
   rest = iter(refs)
-  lhs, rhs, extras, outs = ([next(rest) for _ in range(count)] for count in counts)
+  lhs, rhs, extras, per_group, outs = ([next(rest) for _ in range(c)] for c in counts)
   sums = list(rest)
   v, k = pl.program_id(1), pl.program_id(2)
   num_rows = lhs[0].shape[0]
@@ -144,7 +149,8 @@ def _matmul_kernel(
   needed = v < used[0]
 
   def finish(part, found):
-    merge(part, epilogue(found, [_part(x, part) for x in extras]))
+    shared = [x[...] for x in per_group]
+    merge(part, epilogue(found, [*(_part(x, part) for x in extras), *shared]))
 
   def merge(part, values):
     for ref, value in zip(outs, values, strict=True):

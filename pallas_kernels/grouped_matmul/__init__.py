@@ -40,18 +40,28 @@ def grouped_matmul(
   """
   registry.check_name('grouped_matmul', implementation, NAMES)
   registry.check_dtypes('grouped_matmul', lhs=lhs, rhs=rhs)
-  _check_axes(lhs, rhs, group_sizes)
+  check_axes(lhs, rhs, group_sizes)
   width = rhs.shape[2 if transpose_rhs else 1]
   if width != lhs.shape[1]:
     raise ValueError(f'rhs.shape={rhs.shape} with {transpose_rhs=} wants lhs.shape[1]={width}')
   if implementation == 'reference':
     return _reference(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
-  ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), lhs.shape[0])
-  starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
+  starts = starts_of(group_sizes, lhs.shape[0])
   return _grouped_matmul(transpose_rhs, implementation, *compat.vary_together(lhs, rhs, starts))
 
 
-def _check_axes(lhs, rhs, group_sizes):
+def starts_of(group_sizes, num_rows: int):
+  """int32 `[E + 1]`: first row of each group, and the end of the last."""
+  ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), num_rows)
+  return jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
+
+
+def check_axes(lhs, rhs, group_sizes):
+  """Refuses axes that do not belong together, and group sizes that are known to be wrong.
+
+  Raises:
+    ValueError: see `grouped_matmul`.
+  """
   if lhs.ndim != 2 or rhs.ndim != 3 or group_sizes.shape != rhs.shape[:1]:
     shapes = f'lhs.shape={lhs.shape}, rhs.shape={rhs.shape}, group_sizes.shape={group_sizes.shape}'
     raise ValueError(f'{shapes}: expected [R, D], [E, D, F] and [E]')

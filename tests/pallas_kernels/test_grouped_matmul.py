@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Unsupported, grouped_matmul
-from pallas_kernels.grouped_matmul import _check_axes
+from pallas_kernels.grouped_matmul import check_axes
 from pallas_kernels.grouped_matmul.cases import CASES
 from pallas_kernels.registry import accumulator
 from tests.pallas_kernels.interpreted import interpreted
@@ -185,11 +185,11 @@ def test_axes_and_types_of_group_sizes_are_checked_without_a_type_checker():
   with pytest.raises(
     ValueError, match=r'lhs.shape=\(1, 4, 3\).*expected \[R, D\], \[E, D, F\] and \[E\]'
   ):
-    _check_axes(lhs[None], rhs, sizes)
+    check_axes(lhs[None], rhs, sizes)
   with pytest.raises(ValueError, match=r'group_sizes.shape=\(1,\)'):
-    _check_axes(lhs, rhs, sizes[:1])
+    check_axes(lhs, rhs, sizes[:1])
   with pytest.raises(ValueError, match='group_sizes.dtype=float32, expected int32'):
-    _check_axes(lhs, rhs, sizes.astype(jnp.float32))
+    check_axes(lhs, rhs, sizes.astype(jnp.float32))
 
 
 def test_the_tpu_refuses_what_its_kernels_do_not_compute():

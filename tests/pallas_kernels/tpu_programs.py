@@ -12,9 +12,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import expert_ffn, grouped_matmul, pack, top_k
+from pallas_kernels import (
+  Quantised,
+  expert_ffn,
+  grouped_matmul,
+  pack,
+  quantised_matmul,
+  ragged_all_to_all,
+  top_k,
+)
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 
@@ -23,18 +34,23 @@ class Program(NamedTuple):
   """A function of arrays of these shapes and types.
 
   Attributes:
+    operation: the folder of pallas_kernels.
     name: of the program.
     function: of arrays.
     args: `(shape, dtype)` of each; tuples of them are tuples of arrays.
     kernels: names of the kernels that it must call.
     temporary_mib: memory besides arguments and results is less than this; a copy of an operand would be more.
+    specs: of each argument, for a program of all N devices along one axis, whose result is cut along its rows; an axis
+      of -1 has N entries. None for a program of one device.
   """
 
+  operation: str
   name: str
   function: Callable
   args: tuple
   kernels: tuple[str, ...]
   temporary_mib: float
+  specs: tuple[P, ...] | None = None
 
 
 def _gradients(transpose_rhs):
@@ -54,7 +70,9 @@ def _grouped(name, rows, groups, inner, columns, dtype, transpose_rhs=False):
   kernels = ('grouped_matmul', 'grouped_matmul', 'grouped_matmul_drhs')
   # Narrow arrays are padded to the registers' lanes.
   mib = 8 if inner % 128 else 2
-  return Program(f'grouped_matmul {name}', _gradients(transpose_rhs), args, kernels, mib)
+  return Program(
+    'grouped_matmul', f'grouped_matmul {name}', _gradients(transpose_rhs), args, kernels, mib
+  )
 
 
 class _Routing(NamedTuple):
@@ -93,9 +111,9 @@ def _ffn(name, t, d, f, e, k, dtype, activation, matrices=2):
   kernels = tuple(f'expert_ffn_{name}' for name in ('up', 'down', 'dhidden', 'dx', 'dup', 'ddown'))
   run = _ffn_gradients(k, e, activation)
   # Rows of x, dy, y and dx; pre-activations and their gradients; the hidden layer, twice. A quarter more for what XLA
-  # keeps of a gather.
+  # keeps of a gather, and 2 MiB for narrow arrays, which are padded to the registers' lanes.
   buffers = t * k * (4 * d + 2 * (matrices + 1) * f) * jnp.dtype(dtype).itemsize
-  return Program(f'expert_ffn {name}', run, args, kernels, 1 + 1.25 * buffers / 2**20)
+  return Program('expert_ffn', f'expert_ffn {name}', run, args, kernels, 2 + 1.25 * buffers / 2**20)
 
 
 PROGRAMS = (
@@ -109,6 +127,26 @@ PROGRAMS = (
   _ffn('widths that no tile divides', 96, 8, 12, 4, 1, F32, 'relu'),
   _grouped('widths that no tile divides', 1000, 7, 200, 136, F32),
   Program(
+    'quantised_matmul',
+    'A up, 256 tokens',
+    lambda *a: quantised_matmul(a[0], Quantised(*a[1:3]), a[3], implementation='tpu'),
+    (((2048, 2048), BF16), ((64, 2048, 1024), jnp.int8), ((64, 1, 1024), F32), ((64,), I32)),
+    ('quantised_matmul',),
+    1,
+  ),
+  Program(
+    'ragged_all_to_all',
+    'between all devices',
+    lambda x, sizes: ragged_all_to_all(
+      x, sizes, axis_name='expert', num_out_rows=2048, implementation='tpu'
+    ),
+    (((8192, 1024), BF16), ((-1, -1), I32)),
+    ('ragged_all_to_all',),
+    5,  # the result before its rows outside of the segments are zeroed: 4 MiB
+    specs=(P('expert'), P()),
+  ),
+  Program(
+    'routing',
     'top_k of 64',
     lambda x: top_k(x, 8, implementation='tpu'),
     (((32768, 64), F32),),
@@ -116,26 +154,41 @@ PROGRAMS = (
     64,
   ),
   Program(
-    'pack into 128', lambda e: pack(e, 128, implementation='tpu'), (((196608,), I32),), ('rank',), 8
+    'routing',
+    'pack into 128',
+    lambda e: pack(e, 128, implementation='tpu'),
+    (((196608,), I32),),
+    ('rank',),
+    8,
   ),
 )
 
 
-def describe(program: Program, device) -> dict:
-  """Kernels called and temporary memory of the compiled program."""
-  sharding = jax.sharding.SingleDeviceSharding(device)
+def describe(program: Program, devices) -> dict:
+  """Kernels called and temporary memory (of one device) of the compiled program."""
   is_shape = lambda arg: isinstance(arg[0][0], int)
-  array = lambda arg: jax.ShapeDtypeStruct(*arg, sharding=sharding)
+  one = jax.sharding.SingleDeviceSharding(devices[0])
+  function, array = program.function, lambda arg: jax.ShapeDtypeStruct(*arg, sharding=one)
   args = jax.tree.map(array, program.args, is_leaf=is_shape)
-  lowered = jax.jit(program.function).lower(*args)
+  if program.specs is not None:
+    mesh, specs = Mesh(np.array(devices), ('expert',)), program.specs
+    function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P('expert'))
+    args = [_on(mesh, len(devices), *arg) for arg in zip(program.args, specs, strict=True)]
+  lowered = jax.jit(function).lower(*args)
   memory = lowered.compile().memory_analysis()
   names = re.findall(r'tpu_custom_call.*?kernel_name = "(\w+)"', lowered.as_text())
   return {'kernels': sorted(names), 'temporary_bytes': memory.temp_size_in_bytes}
 
 
+def _on(mesh, count, arg, spec):
+  shape, dtype = arg
+  whole = tuple(count if size == -1 else size for size in shape)
+  return jax.ShapeDtypeStruct(whole, dtype, sharding=NamedSharding(mesh, spec))
+
+
 def main():
-  topology = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1])
-  print(json.dumps({p.name: describe(p, topology.devices[0]) for p in PROGRAMS}), flush=True)
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1]).devices
+  print(json.dumps({p.name: describe(p, devices) for p in PROGRAMS}), flush=True)
 
 
 if __name__ == '__main__':

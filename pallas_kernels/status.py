@@ -1,0 +1,101 @@
+"""What each body of each operation is known to do, and README.md, which is made of it.
+
+`python -m pallas_kernels.status` prints README.md. A test holds the table to the code: names, files, types, and that
+each word of `proof` has its test, its compiled program or its committed measurement.
+"""
+
+from typing import NamedTuple
+
+ALL = ('bfloat16', 'float16', 'float32', 'float64')
+TPU = ('bfloat16', 'float32')
+
+PROOFS = {
+  'tested': 'run on its platform by the tests, in value and (but for int8) gradient, on every case',
+  'interpreted': (
+    "run by the platform's interpreter on a CPU, on every case: fresh memory holds NaN, reads out of bounds raise"
+  ),
+  'compiled': "compiled for the named chips by the platform's own compiler, which checks tiles and on-chip memory",
+  'measured': 'timed on its platform; the numbers are in experiments/results',
+}
+CHIPS = {'tpu': 'v5p, v6e, 7x'}
+PLATFORMS = {'cpu': 'CPU', 'blocks': 'any, by XLA', 'tpu': 'TPU, by Mosaic'}
+
+
+class Status(NamedTuple):
+  """Types that a body takes, and keys of PROOFS."""
+
+  types: tuple[str, ...]
+  proof: tuple[str, ...]
+
+
+TABLE = {
+  'expert_ffn': {
+    'blocks': Status(ALL, ('tested', 'measured')),
+    'cpu': Status(ALL, ('tested', 'measured')),
+    'tpu': Status(TPU, ('interpreted', 'compiled')),
+  },
+  'grouped_matmul': {
+    'blocks': Status(ALL, ('tested', 'measured')),
+    'cpu': Status(ALL, ('tested', 'measured')),
+    'tpu': Status(TPU, ('interpreted', 'compiled')),
+  },
+  'quantised_matmul': {
+    'blocks': Status(ALL, ('tested',)),
+    'cpu': Status(ALL, ('tested',)),
+    'tpu': Status(TPU, ('interpreted', 'compiled')),
+  },
+  'ragged_all_to_all': {
+    'tpu': Status(TPU, ('interpreted', 'compiled')),
+  },
+  'routing': {
+    'blocks': Status(ALL, ('tested', 'measured')),
+    'cpu': Status(ALL, ('tested', 'measured')),
+    'tpu': Status(('bfloat16', 'float16', 'float32'), ('interpreted', 'compiled')),
+  },
+}
+DOES = {
+  'expert_ffn': 'gather the rows of each expert, apply it, add the weighted rows at their tokens',
+  'grouped_matmul': 'consecutive rows, each group times the matrix of its expert',
+  'quantised_matmul': 'the same with int8 weights and a scale a column; inference only',
+  'ragged_all_to_all': 'each device sends each other one rows of its own; without a name by an all-gather',
+  'routing': '`top_k`, `pack` and `lay_out`: which experts a token takes, where the rows of each expert lie',
+}
+
+HEAD = """# Kernels
+
+Operations on rows grouped by expert. Each is a folder: `__init__.py` is its contract, `reference.py` the definition of
+correct, `cases.py` what every body must get right, every other file a body. `implementation=None` takes the body of
+the platform that is lowered for (`registry.py` has the rule); a body asked for by name never falls back, it raises
+`Unsupported`.
+
+This file is printed by `scripts/python -m pallas_kernels.status`; a test compares them, and the table with the code.
+"""
+
+
+def readme() -> str:
+  """The text of README.md."""
+  lines = [HEAD, '| operation | what it does |', '|---|---|']
+  lines += [f'| `{name}` | {text} |' for name, text in DOES.items()]
+  lines += ['', '| operation | body | platform | types | status |', '|---|---|---|---|---|']
+  for operation, bodies in TABLE.items():
+    for body, status in bodies.items():
+      proof = [_proof(body, word) for word in status.proof]
+      cells = (
+        f'`{operation}`',
+        f'`{body}`',
+        PLATFORMS[body],
+        ', '.join(status.types),
+        ', '.join(proof),
+      )
+      lines.append(f'| {" | ".join(cells)} |')
+  lines += ['', *(f'- {word}: {text}.' for word, text in PROOFS.items())]
+  lines += ['', 'A TPU body has never run on a TPU: its speed is not known.']
+  return '\n'.join(lines) + '\n'
+
+
+def _proof(body, word):
+  return f'{word} ({CHIPS[body]})' if word == 'compiled' else word
+
+
+if __name__ == '__main__':
+  print(readme(), end='')

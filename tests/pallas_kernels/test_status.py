@@ -1,0 +1,106 @@
+"""The README of the kernels says what the code and the tests say."""
+
+import importlib
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import (
+  Unsupported,
+  expert_ffn,
+  grouped_matmul,
+  quantise,
+  quantised_matmul,
+  ragged_all_to_all,
+  status,
+  top_k,
+)
+from tests.conftest import ROOT
+from tests.pallas_kernels import (
+  test_expert_ffn,
+  test_grouped_matmul,
+  test_quantised_matmul,
+  test_ragged_all_to_all,
+  test_routing,
+  tpu_programs,
+)
+
+TESTS = {
+  'expert_ffn': test_expert_ffn,
+  'grouped_matmul': test_grouped_matmul,
+  'quantised_matmul': test_quantised_matmul,
+  'ragged_all_to_all': test_ragged_all_to_all,
+  'routing': test_routing,
+}
+ROWS = [(op, body) for op, bodies in status.TABLE.items() for body in bodies]
+
+
+def test_the_readme_is_what_the_table_says():
+  written = (ROOT / 'pallas_kernels' / 'README.md').read_text(encoding='utf-8')
+  assert written == status.readme(), (
+    'scripts/python -m pallas_kernels.status > pallas_kernels/README.md'
+  )
+
+
+def test_every_operation_and_body_has_its_row():
+  folders = {path.parent.name for path in (ROOT / 'pallas_kernels').glob('*/reference.py')}
+  assert folders == set(status.TABLE) == set(status.DOES)
+  for operation, bodies in status.TABLE.items():
+    names = importlib.import_module(f'pallas_kernels.{operation}').NAMES
+    assert {*bodies, 'reference'} == set(names)
+    assert all((ROOT / 'pallas_kernels' / operation / f'{body}.py').exists() for body in bodies)
+
+
+@pytest.mark.parametrize(('operation', 'body'), ROWS)
+def test_each_word_of_a_proof_has_its_evidence(operation, body):
+  proof = status.TABLE[operation][body].proof
+  assert set(proof) <= set(status.PROOFS)
+  assert body in TESTS[operation].BODIES and ('interpreted' in proof) == (body == 'tpu')
+  programs = [p.name for p in tpu_programs.PROGRAMS if p.operation == operation]
+  assert ('compiled' in proof) == (body == 'tpu' and bool(programs))
+  path = ROOT / 'experiments' / 'results' / 'bench_kernels' / 'result.json'
+  rows = json.loads(path.read_text(encoding='utf-8'))['rows']
+  aliases = {'pack': 'routing', 'top_k': 'routing'}
+  timed = {
+    (aliases.get(r['operation'], r['operation']), r['implementation'])
+    for r in rows
+    if 'milliseconds' in r
+  }
+  assert ('measured' in proof) == ((operation, body) in timed)
+
+
+def _call(operation, body, dtype):
+  x, w = jnp.ones((4, 3), dtype), jnp.ones((2, 3, 3), dtype)
+  if operation == 'routing':
+    return top_k(x, 2, implementation=body)
+  if operation == 'grouped_matmul':
+    return grouped_matmul(x, w, jnp.array([1, 3], jnp.int32), implementation=body)
+  if operation == 'quantised_matmul':
+    weights = quantise(w.astype(jnp.float32))
+    return quantised_matmul(x, weights, jnp.array([1, 3], jnp.int32), implementation=body)
+  if operation == 'ragged_all_to_all':
+    mesh = jax.make_mesh((1,), ('expert',), axis_types=(jax.sharding.AxisType.Auto,))
+    options = dict(axis_name='expert', num_out_rows=16, implementation=body)
+    send = lambda x, sizes: ragged_all_to_all(x, sizes, **options)
+    send = jax.shard_map(send, mesh=mesh, in_specs=(P(), P()), out_specs=P('expert'))
+    return send(jnp.ones((16, 3), dtype), jnp.ones((1, 1), jnp.int32))
+  rows = jnp.arange(4, dtype=jnp.int32)
+  fields = dict(token=rows, expert=rows % 2, weight=jnp.ones(4, dtype), num_experts=2, groups=4)
+  assignment = types.SimpleNamespace(**fields)
+  return expert_ffn(x, assignment, w, w, w, activation='silu', implementation=body)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(('operation', 'body'), ROWS)
+def test_a_body_takes_the_types_of_its_row_and_no_others(operation, body):
+  taken = status.TABLE[operation][body].types
+  for dtype in status.ALL:
+    if dtype in taken:
+      assert jax.eval_shape(lambda dtype=dtype: _call(operation, body, dtype)) is not None
+    else:
+      with pytest.raises(Unsupported, match=dtype):
+        jax.eval_shape(lambda dtype=dtype: _call(operation, body, dtype))
