@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 # What `implementation=None` takes on a platform; every other platform takes DEFAULT. A body enters here when its speed
-# has been measured on that platform: an interpreter and a compiler show neither speed nor, of a GPU,
-# the order of memory accesses. And all bodies that stand here are traced into every program, whatever it is lowered for.
+# has been measured on that platform: an interpreter and a compiler show neither speed nor, of a GPU, the order of
+# memory accesses. And all bodies that stand here are traced into every program, whatever it is lowered for.
 BY_PLATFORM = {'cpu': 'cpu'}
 DEFAULT = 'blocks'
 

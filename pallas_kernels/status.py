@@ -8,17 +8,23 @@ from typing import NamedTuple
 
 ALL = ('bfloat16', 'float16', 'float32', 'float64')
 TPU = ('bfloat16', 'float32')
+GPU = ('bfloat16', 'float16')
 
 PROOFS = {
   'tested': 'run on its platform by the tests, in value and (but for int8) gradient, on every case',
   'interpreted': (
-    "run by the platform's interpreter on a CPU, on every case: fresh memory holds NaN, reads out of bounds raise"
+    "run by the platform's interpreter on a CPU, in value and (but for int8) gradient"
   ),
   'compiled': "compiled for the named chips by the platform's own compiler, which checks tiles and on-chip memory",
   'measured': 'timed on its platform; the numbers are in experiments/results',
 }
-CHIPS = {'tpu': 'v5p, v6e, 7x'}
-PLATFORMS = {'cpu': 'CPU', 'blocks': 'any, by XLA', 'tpu': 'TPU, by Mosaic'}
+CHIPS = {'tpu': 'v5p, v6e, 7x', 'gpu': 'H200'}
+PLATFORMS = {
+  'cpu': 'CPU',
+  'blocks': 'any, by XLA',
+  'gpu': 'NVIDIA GPU, by Mosaic',
+  'tpu': 'TPU, by Mosaic',
+}
 
 
 class Status(NamedTuple):
@@ -32,11 +38,13 @@ TABLE = {
   'expert_ffn': {
     'blocks': Status(ALL, ('tested', 'measured')),
     'cpu': Status(ALL, ('tested', 'measured')),
+    'gpu': Status(GPU, ('interpreted', 'compiled')),
     'tpu': Status(TPU, ('interpreted', 'compiled')),
   },
   'grouped_matmul': {
     'blocks': Status(ALL, ('tested', 'measured')),
     'cpu': Status(ALL, ('tested', 'measured')),
+    'gpu': Status(GPU, ('interpreted', 'compiled')),
     'tpu': Status(TPU, ('interpreted', 'compiled')),
   },
   'quantised_matmul': {
@@ -89,7 +97,7 @@ def readme() -> str:
       )
       lines.append(f'| {" | ".join(cells)} |')
   lines += ['', *(f'- {word}: {text}.' for word, text in PROOFS.items())]
-  lines += ['', 'A TPU body has never run on a TPU: its speed is not known.']
+  lines += ['', 'What is not measured has never run on its platform: its speed is not known.']
   return '\n'.join(lines) + '\n'
 
 

@@ -22,6 +22,8 @@ from pallas_kernels import (
 from tests.conftest import ROOT
 from tests.pallas_kernels import (
   test_expert_ffn,
+  test_gpu_compiled,
+  test_gpu_interpreted,
   test_grouped_matmul,
   test_quantised_matmul,
   test_ragged_all_to_all,
@@ -59,9 +61,15 @@ def test_every_operation_and_body_has_its_row():
 def test_each_word_of_a_proof_has_its_evidence(operation, body):
   proof = status.TABLE[operation][body].proof
   assert set(proof) <= set(status.PROOFS)
-  assert body in TESTS[operation].BODIES and ('interpreted' in proof) == (body == 'tpu')
-  programs = [p.name for p in tpu_programs.PROGRAMS if p.operation == operation]
-  assert ('compiled' in proof) == (body == 'tpu' and bool(programs))
+  assert ('interpreted' in proof) == (body in ('gpu', 'tpu'))
+  if body == 'gpu':
+    script = (ROOT / test_gpu_compiled.SCRIPT).read_text(encoding='utf-8')
+    compiled = f'from pallas_kernels.{operation} import gpu' in script
+    tested = hasattr(test_gpu_interpreted, f'test_{operation}_is_right_in_value_and_gradient')
+  else:
+    compiled = body == 'tpu' and any(p.operation == operation for p in tpu_programs.PROGRAMS)
+    tested = body in TESTS[operation].BODIES
+  assert tested and ('compiled' in proof) == compiled
   path = ROOT / 'experiments' / 'results' / 'bench_kernels' / 'result.json'
   rows = json.loads(path.read_text(encoding='utf-8'))['rows']
   aliases = {'pack': 'routing', 'top_k': 'routing'}
@@ -74,7 +82,8 @@ def test_each_word_of_a_proof_has_its_evidence(operation, body):
 
 
 def _call(operation, body, dtype):
-  x, w = jnp.ones((4, 3), dtype), jnp.ones((2, 3, 3), dtype)
+  # Widths that every body takes.
+  x, w = jnp.ones((4, 128), dtype), jnp.ones((2, 128, 128), dtype)
   if operation == 'routing':
     return top_k(x, 2, implementation=body)
   if operation == 'grouped_matmul':
