@@ -78,6 +78,12 @@ CASES: dict[str, Case] = {
 """Short name -> what is compiled."""
 
 
+_LESSONS = (
+  "Two sums travel more than they must: the embedding's gradient, a whole float32 table over all devices in every "
+  f'microbatch, and that of the head where `fsdp` is longer than {FUSED}.'
+)
+
+
 def settings_of(name: str, changes: Mapping[str, Any]) -> Settings:
   """The settings of one scale config with these changes."""
   (config,) = cli.execute(ROOT / f'configs/scale/{name}.py', 'a config', ('get_config',))
@@ -185,7 +191,7 @@ def readme(result: Mapping[str, Any]) -> str:
       f'| {row["seconds"]} | {row["matmul"]} | {row["memory"]} | {network:.3g} | {row["mfu"]:.1%} | {row["layouts"]} |'
     )
   lines += ['', '## Errors of the model', '', *_errors(result['compiled'])]
-  lines += ['', *_lessons(result['compiled'])]
+  lines += ['', _LESSONS]
   lines += [
     '',
     '```sh',
@@ -218,20 +224,6 @@ def _errors(compiled: Mapping[str, Any]) -> list[str]:
       lines.append(
         f'| | {one.what} | {one.predicted / report.GIB:.2f} | {one.compiled / report.GIB:.2f} | {one.error:+.1%} |'
       )
-  return lines
-
-
-def _lessons(compiled: Mapping[str, Any]) -> list[str]:
-  """What the compiled programs showed that could be had for less."""
-  lines = [
-    'Two sums travel more than they must. Gradients of experts are summed over `fsdp` on every device and cut '
-    f'afterwards where that axis is longer than {FUSED}, or `data` longer than 1: twice the bytes of a reduce-scatter. '
-    "The embedding's gradient is summed as a whole float32 table over all devices in every microbatch."
-  ]
-  if 'kimi' in compiled:
-    found = from_json(compiled['kimi'])
-    share = found.sent['all-reduce', 512] / sum(found.sent.values())
-    lines[0] += f' Sums over `fsdp` are {share:.0%} of what a device sends in the step of kimi_1t.'
   return lines
 
 

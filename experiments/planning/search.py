@@ -160,6 +160,9 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def _divides(work: Workload, sizes: dict[str, int]) -> bool:
+  cut = any('tensor' in axes for tensor in work.tensors for axes in tensor.axes)
+  if sizes.get('tensor', 1) > 1 and not cut:  # no rule of moejax/mesh/rules.py uses the axis
+    return False
   model = work.settings.model
   heads = model.num_heads if model.attention == 'latent' else model.num_kv_heads
   if heads % sizes.get('tensor', 1):

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from experiments.planning.workload import BATCH_AXES, Layout, Workload
 
 FUSED = 4
-"""Up to so many devices the TPU compiler makes one reduce-scatter of a sum that is cut afterwards: the gradients of
-experts and head. Above, they are summed on every device, and twice as much travels."""
+"""Up to so many devices the TPU compiler makes one reduce-scatter of the head's gradient, a sum that is cut afterwards.
+Above, it is summed on every device, and twice as much travels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +94,11 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
       if parts > 1:  # the sum over microbatches is sharded
         yield Move('all-gather', fsdp, fsdp_size, what, parts * whole * 4)
       continue
-    width = work.width if what == 'dense' else 4
     if sharded > 1:
       yield Move('all-gather', fsdp, fsdp_size, what, parts * gathers[what] * whole * work.width)
-    apart = fsdp_size <= FUSED and (what == 'head' or size == 1)
-    if sharded > 1 and what == 'experts' and not apart:  # of a shard_map: over all axes at once
-      yield Move('all-reduce', (*others, *fsdp), size * fsdp_size, what, parts * whole * width)
-      continue
+    width = work.width if what in ('dense', 'experts') else 4
     if sharded > 1:
-      kind = 'all-reduce' if what == 'head' and not apart else 'reduce-scatter'
+      kind = 'all-reduce' if what == 'head' and fsdp_size > FUSED else 'reduce-scatter'
       yield Move(kind, fsdp, fsdp_size, what, parts * whole * width)
     # sums of the head over other axes wait for the end of the step
     times = 1 if what == 'head' else parts
@@ -129,7 +125,7 @@ def _exchange(work: Workload, layout: Layout) -> Iterator[Move]:
     yield Move('reduce-scatter', expert, size, 'tokens', times * back * whole)
     rows = tokens * size * work.choices * 4
     yield Move('all-gather', expert, size, 'choices', times * forward * 2 * rows)
-    yield Move('all-reduce', expert, size, 'choices', times * rows)
+    yield Move('reduce-scatter', expert, size, 'choices', times * rows)
   else:
     held = tokens * work.choices * model.d_model * work.width / layout.tensor
     yield Move('all-to-all', expert, size, 'tokens', times * (there + back) * held)

@@ -6,7 +6,8 @@ import pytest
 
 from experiments import plan_reports
 from experiments.plan import MEMORY_ERROR, STATE_ERROR, TRAFFIC_ERROR
-from experiments.plan_reports import OUT, PLANNED, as_json, compared, from_json, planned
+from experiments.plan_reports import CASES, OUT, PLANNED, as_json, compared, from_json, planned
+from experiments.planning.chips import parse_topology
 
 RESULT = json.loads((OUT / 'result.json').read_text(encoding='utf-8'))
 
@@ -29,12 +30,13 @@ def test_the_model_is_as_near_to_what_was_compiled_as_a_check_asks(name):
     assert abs(one.error) < allowed.get(one.what, TRAFFIC_ERROR), one
 
 
-def test_the_step_of_a_trillion_parameters_compiles_in_time_and_for_its_machine():
-  found = from_json(RESULT['compiled']['kimi'])
-  assert found.seconds < 300
+@pytest.mark.parametrize('name', RESULT['compiled'])
+def test_what_was_compiled_is_read_as_it_was_written(name):
+  found = from_json(RESULT['compiled'][name])
+  assert as_json(found) == RESULT['compiled'][name]
   assert found.host < 20 * 2**30
-  assert found.arguments + found.temporaries < 95 * 2**30
-  assert as_json(found) == RESULT['compiled']['kimi']
+  topology = parse_topology(CASES[name].topology)
+  assert found.arguments + found.temporaries < topology.chip.memory
 
 
 def test_a_plan_is_a_row_and_a_page(tmp_path):
@@ -54,4 +56,4 @@ def test_the_report_is_written_by_one_command(tmp_path, monkeypatch, capsys):
   assert str(tmp_path / 'README.md') in capsys.readouterr().out
   text = (tmp_path / 'README.md').read_text(encoding='utf-8')
   assert '| [olmoe_1b_7b](olmoe_1b_7b-v5p-2x2x4.html) | v5p:2x2x4 | 16 | blocks |' in text
-  assert 'kimi_1t on v5p:16x16x16, fsdp=512 expert=8' in text
+  assert 'olmoe_1b_7b on v5p:2x2x4, data=2 fsdp=4 expert=2' in text

@@ -94,20 +94,27 @@ def emulated():
     return work, layout, lower(run, mesh).compile()
 
 
-def test_on_emulated_devices_too_tokens_are_exchanged_as_predicted(emulated):
-  """Float32 here: twice the bytes. The exchange is recognised by the operation that it was made from."""
+def test_on_emulated_devices_too_tokens_and_experts_travel_as_predicted(emulated):
+  """Float32 here: twice the bytes. The exchange is recognised by the operations that it was made from."""
   work, layout, program = emulated
   wide = dataclasses.replace(work, width=4)
-  sent = {}
+  sent, predicted = {}, {}
   for one in collectives(program, 8):
     name = one.source.rpartition('/')[2]
     if 'shard_map' in one.source and name in ('all_gather', 'reduce_scatter', 'psum_scatter'):
-      kind = one.kind
-      sent[kind] = sent.get(kind, 0.0) + one.sent
-  predicted = {move.kind: move.sent for move in moves(wide, layout) if move.what == 'tokens'}
-  assert set(sent) == set(predicted) == {'all-gather', 'reduce-scatter'}
-  for kind, value in predicted.items():
-    assert sent[kind] == pytest.approx(value, rel=0.01), kind
+      key = (one.kind, max(map(len, one.groups)))
+      sent[key] = sent.get(key, 0.0) + one.sent
+  for move in moves(wide, layout):
+    if move.what in ('tokens', 'choices', 'experts'):
+      key = (move.kind, move.size)
+      predicted[key] = predicted.get(key, 0.0) + move.sent
+  assert (
+    set(sent)
+    == set(predicted)
+    == {(k, n) for k in ('all-gather', 'reduce-scatter') for n in (2, 4)}
+  )
+  for key, value in predicted.items():
+    assert sent[key] == pytest.approx(value, rel=0.01), key
 
 
 def test_on_emulated_devices_too_the_state_is_exact(emulated):

@@ -70,9 +70,9 @@ def test_what_a_device_sends_is_counted_by_hand():
   sent = by_kind(moves(work, layout))
   gathered = 2 * (3 * ATTENTION + 2 * EXPERTS / 2 + V * D)
   assert sent['all-gather', ('fsdp',)] == gathered * 3 / 4
-  reduced = 2 * ATTENTION + 4 * (EXPERTS / 2 + V * D)
+  reduced = 2 * (ATTENTION + EXPERTS / 2) + 4 * V * D
   assert sent['reduce-scatter', ('fsdp',)] == reduced * 3 / 4
-  assert sent['reduce-scatter', ('expert',)] == 2 * L * tokens * D * 2
+  assert sent['reduce-scatter', ('expert',)] == L * (2 * tokens * D * 2 + tokens * 2 * 4)
   assert sent['all-gather', ('expert',)] == L * (3 * tokens * D * 2 + 2 * 2 * tokens * 2 * 4)
   everywhere = 4 * (V * D + NORMS / 2 + ROUTERS)
   assert sent['all-reduce', ('fsdp', 'expert')] == pytest.approx(2 * 7 / 8 * everywhere, rel=0.01)
@@ -87,18 +87,23 @@ def test_microbatches_gather_the_weights_for_each_and_once_more():
   assert two > 2 * one
 
 
-def test_on_many_shards_sums_of_experts_and_head_are_not_scattered():
+def test_on_many_shards_the_sum_of_the_head_is_not_scattered():
   few = {(m.kind, m.what) for m in moves(*of(small(), fsdp=4))}
   many = {(m.kind, m.what) for m in moves(*of(small(), fsdp=8))}
   assert {('reduce-scatter', 'experts'), ('reduce-scatter', 'head')} <= few
-  assert {('all-reduce', 'experts'), ('all-reduce', 'head'), ('reduce-scatter', 'dense')} <= many
+  assert {
+    ('reduce-scatter', 'experts'),
+    ('all-reduce', 'head'),
+    ('reduce-scatter', 'dense'),
+  } <= many
 
 
-def test_experts_that_data_shards_share_are_summed_over_both_axes():
+def test_experts_that_data_shards_share_are_scattered_and_then_summed_over_data():
   found = moves(*of(small(), fsdp=2, data=2, expert=2))
   (one,) = [move for move in found if move.what == 'experts' and move.kind == 'all-reduce']
-  assert (one.size, one.whole) == (4, 4 * EXPERTS / 2)
-  assert not [m for m in found if m.what == 'experts' and m.kind == 'reduce-scatter']
+  assert (one.axes, one.size, one.whole) == (('data',), 2, 2 * EXPERTS / 2 / 2)
+  (cut,) = [m for m in found if m.what == 'experts' and m.kind == 'reduce-scatter']
+  assert (cut.axes, cut.size, cut.whole) == (('fsdp',), 2, 2 * EXPERTS / 2)
 
 
 def test_on_one_device_nothing_travels_and_the_products_are_the_models():
