@@ -217,7 +217,8 @@ def write_page(
     '"worse" than the first router of the file need a mean difference by seed beyond two standard deviations of it. '
     'Load entropy is that of the rows over the experts in the last step, 1 for equal loads.\n\n'
     f'{page_table(lines)}\n\n```sh\n{command}\n```\n\n'
-    f'{values["minutes"]:.3g} minutes of runs in all on {values["machine"]}; speeds are of runs side by side, on whatever the machine did beside them.\n\n'
+    f'{values["minutes"]:.3g} minutes of runs in all on {values["machine"]}; speeds are of runs side by side, with '
+    'whatever else the machine did.\n\n'
     '![plot](plot.png)\n'
   )
   workdir.write_text(out / 'README.md', page)
