@@ -22,7 +22,7 @@ from tests.pallas_kernels.products import distance
 
 # 2^-8: the rounding of a result to bfloat16. Of float16, 2^-11.
 ROUNDING = {'bfloat16': 2**-8, 'float16': 2**-11}
-NARROW = Case('around a tile of 64 rows, a tail', 200, (1, 63, 64, 65, 0))
+NARROW = Case('around a tile of 64 rows, a tail', 140, (1, 64, 65, 0))
 WIDE = Case('around a tile of 128 rows, a tail', 390, (0, 127, 128, 129))
 
 
@@ -65,7 +65,7 @@ def test_grouped_matmul_is_right_in_value_and_gradient(case, dtype, options, blo
 
 
 def test_grouped_matmul_of_no_rows_is_zero():
-  inputs = products.matmul_inputs(Case('tail only', 64, (0, 0, 0)), 'bfloat16')
+  inputs = products.matmul_inputs(Case('tail only', 64, (0, 0)), 'bfloat16')
   with target.simulated(1):
     found = matmul(inputs)
   assert not any(x.any() for x in found.values())
@@ -88,7 +88,7 @@ def routed(*sizes):
 
 @pytest.mark.parametrize(
   ('activation', 'gated', 'sizes'),
-  [('silu', True, (65, 0, 40, 23)), ('gelu', False, (0, 0, 100, 28))],
+  [('silu', True, (65, 0, 40, 23)), ('gelu', False, (0, 0, 60, 68))],
 )
 def test_expert_ffn_is_right_in_value_and_gradient(activation, gated, sizes):
   """Tiles of 64 rows; an expert just past a tile, empty ones, and dropped rows."""
