@@ -49,7 +49,7 @@ def test_show_sharding_has_every_parameter_with_rule_and_bytes(capsys):
   for tensor in found:
     assert tensor.rule in lines[tensor.path]
   up = lines['stack/segments/0/blocks/0/moe/experts/w_up']
-  assert 'expert, fsdp, -' in up
+  assert 'expert, fsdp, tensor' in up
 
 
 @pytest.mark.parametrize(
