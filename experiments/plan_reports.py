@@ -171,7 +171,8 @@ def readme(result: Mapping[str, Any]) -> str:
     'The fastest layout of each config on machines that hold it, by the analytic model of `experiments.plan`. Nothing '
     'was trained; the pages have the alternatives, traffic and sharding. Experts run as padded blocks where a platform '
     'has no kernel of its own: these work on rows that others have, and copy weights. Second lines suppose kernels '
-    '(`--kernels`); their memory is by shapes alone, for none was compiled.',
+    '(`--kernels`); their memory is by shapes alone, for none was compiled. Of axes and exchanges, only those of the '
+    'second table were compared with a compiled step.',
     '',
     '| config | machine | devices | experts | layout | GiB a device | step s | matmul | memory | network | MFU '
     '| layouts |',
