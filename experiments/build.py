@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from experiments.data import Stream, make_stream
 from experiments.errors import BadInput
 from experiments.optim import make_optimizer
+from experiments.place import batch_share
 from experiments.program import Program
 from experiments.settings import ModelSettings, Settings
 from experiments.state import ModelDef
@@ -79,7 +80,9 @@ def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> 
     BadInput: settings that only the data, the devices or the library can refuse.
   """
   check_routing(settings)
-  train_stream, eval_stream = open_stream(settings, train=True), open_stream(settings, train=False)
+  share = batch_share(build_mesh(settings))
+  train_stream = open_stream(settings, train=True, share=share)
+  eval_stream = open_stream(settings, train=False, share=share)
   programs = {} if programs is None else programs
   key = program_key(settings, train_stream)
   if key not in programs:
@@ -119,8 +122,8 @@ def program_key(settings: Settings, stream: Stream) -> str:
   return json.dumps([values, shape], sort_keys=True)
 
 
-def open_stream(settings: Settings, *, train: bool) -> Stream:
-  """The training stream, or the evaluation stream of the same data."""
+def open_stream(settings: Settings, *, train: bool, share: tuple[int, int] = (0, 1)) -> Stream:
+  """The training stream, or the evaluation stream of the same data; of each batch this `batch_share`."""
   data = settings.data
   return make_stream(
     data.name,
@@ -132,8 +135,8 @@ def open_stream(settings: Settings, *, train: bool) -> Stream:
     tokenizer=data.tokenizer,
     mask_rate=data.mask_rate,
     data_dir=data.data_dir or None,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=share[0],
+    process_count=share[1],
     train=train,
     image_size=data.image_size or None,
     normalization=data.normalization,

@@ -19,6 +19,12 @@ class NonFiniteError(ExperimentError):
   exit_code = 12
 
 
+class PeerLost(ExperimentError):
+  """Another process of the run cannot be reached; starting all of them again may help."""
+
+  exit_code = 13
+
+
 class StorageError(ExperimentError):
   """A disk that is full, unwritable or unreadable."""
 

@@ -42,6 +42,11 @@ def make_writer(workdir: Path, log: LogSettings, restored_step: int = 0) -> Writ
   return _All(writers)
 
 
+def no_writer(workdir: Path, log: LogSettings, restored_step: int = 0) -> Writer:
+  """Writes nothing: of several processes only the first tells."""
+  return _All([])
+
+
 class JsonLines:
   """metrics.jsonl, where every step stands exactly once."""
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments.state import ModelDef, TrainState, make_state
 from experiments.step import Batch, Control, Metrics, make_eval_step, make_train_step
@@ -50,7 +51,8 @@ class Program:
     self.mesh = mesh
     self.definition = definition
     self.init, self.abstract, self.optimizer = make_state(definition, make_optimizer, mesh)
-    self.eval_step = jax.jit(make_eval_step(definition))
+    replicated = NamedSharding(mesh, P())  # what is told must be whole in every process
+    self.eval_step = jax.jit(make_eval_step(definition), out_shardings=replicated)
     step = make_train_step(
       definition,
       self.optimizer,
@@ -60,7 +62,7 @@ class Program:
       average_rate=average_rate,
       consistency=consistency,
     )
-    self._train_step = jax.jit(step, donate_argnums=0)
+    self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(None, replicated))
     self._compiled: Any = None
 
   @property

@@ -2,7 +2,8 @@
 
   python -m experiments.train --config configs/tiny.py [--config.key=value ...] [--workdir DIR]
 
-Running the same command again resumes from the last checkpoint of DIR.
+Running the same command again resumes from the last checkpoint of DIR. For one run in several processes see
+distributed.py.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 
 import jax
 
-from experiments import cli, workdir
+from experiments import cli, distributed, workdir
 from experiments.build import Experiment, active_share, assemble, training_flops
 from experiments.checkpoint import Checkpoints
 from experiments.data import check_fingerprint, prefetch
 from experiments.errors import NonFiniteError
 from experiments.evaluate import make_evaluation
-from experiments.log import make_writer
+from experiments.log import make_writer, no_writer
 from experiments.place import place_batch
 from experiments.program import Program
 from experiments.progress import Progress, compiling
@@ -36,8 +37,9 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 def main(argv: list[str]) -> int:
-  settings, config, folder, _ = cli.parse(argv, 'experiments.train')
-  train(settings, config, folder)
+  settings, config, folder, own = cli.parse(argv, 'experiments.train', distributed.define_flags)
+  with distributed.joined(**own):
+    train(settings, config, Path(distributed.agreed(config, str(folder))))
   return 0
 
 
@@ -47,7 +49,7 @@ def train(
   folder: Path,
   programs: dict[str, Program] | None = None,
 ) -> Experiment:
-  """Trains in `folder`, or goes on there.
+  """Trains in `folder`, or goes on there. In a run of several processes each calls this, and the first writes.
 
   Args:
     settings: of `config`.
@@ -64,7 +66,8 @@ def train(
   evaluate = make_evaluation(settings, parts)
 
   with contextlib.ExitStack() as stack:
-    stack.enter_context(workdir.opened(folder, config))
+    if distributed.is_first():
+      stack.enter_context(workdir.opened(folder, config))
     checkpoints = stack.enter_context(
       Checkpoints(folder / 'checkpoints', keep=settings.checkpoint.keep)
     )
@@ -73,17 +76,19 @@ def train(
     meta = {'config': config, 'data': parts.train_stream.fingerprint}
     batches = prefetch(parts.train_stream, first_step, settings.steps)
     stack.enter_context(contextlib.closing(batches))
-    writer = stack.enter_context(contextlib.closing(make_writer(folder, settings.log, first_step)))
+    make = make_writer if distributed.is_first() else no_writer
+    writer = stack.enter_context(contextlib.closing(make(folder, settings.log, first_step)))
     stop = stack.enter_context(stop_requested())
     progress = stack.enter_context(contextlib.closing(make_progress(settings, parts, first_step)))
+    profile = settings.profile and distributed.is_first()
     for step, rows in zip(range(first_step, settings.steps), batches, strict=True):
       batch = place_batch(program.mesh, rows)
       if not program.is_compiled:
         with compiling('the training step'), progress.paused():
           program.compile(state, batch, control(step))
-      with profiled(settings.profile and step - first_step == 5, folder):
+      with profiled(profile and step - first_step == 5, folder):
         state, metrics = program.train_step(state, batch, control(step))
-        if settings.profile:
+        if profile:
           jax.block_until_ready(metrics)
       done = step + 1
       last = done == settings.steps
@@ -100,13 +105,14 @@ def train(
         writer.write(step, metrics, timed)
       else:
         progress.update(done)
-      if last or stop.requested or is_due(settings.checkpoint.every, done):
+      stopping = stop.after(done)
+      if last or stopping or is_due(settings.checkpoint.every, done):
         checkpoints.save(done, state, meta)
-      if stop.requested and not last:
+      if stopping and not last:
         progress.note(f'Stopped after step {done} as asked; the same command goes on from here')
         break
 
-  if settings.log.report:
+  if settings.log.report and distributed.is_first():
     write_report(folder)
     print(f'Report: {folder / "report.html"}', file=sys.stderr)
   return parts
@@ -189,11 +195,21 @@ class Stop:
 
   requested = False
 
+  def after(self, done: int) -> bool:
+    """Whether this step, which every process calls this after, is the last."""
+    return distributed.stop_agreed(done) if jax.process_count() > 1 else self.requested
+
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Stop]:
-  """Turns the first SIGTERM or Ctrl-C into a clean end after the step; the second one ends at once."""
+  """Turns the first SIGTERM or Ctrl-C into a clean end after the step; the second one ends at once.
+
+  In a run of several processes, a SIGTERM to any of them ends all after the same step; Ctrl-C ends at once.
+  """
   stop = Stop()
+  if jax.process_count() > 1:
+    yield stop
+    return
 
   def ask(number, frame):
     stop.requested = True
