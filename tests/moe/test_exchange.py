@@ -231,7 +231,7 @@ def test_ragged_all_to_all_is_the_hardware_operation_on_accelerators():
 def sent(name, options, sizes, router=None):
   """(kind, axes) -> bytes that the exchange of one device sends in a layer's forward pass.
 
-  Routing is apart: XLA:CPU does not partition `top_k` and gathers the logits.
+  Routing is apart: XLA:CPU does not partition `top_k` and gathers the logits, or with newer versions what they come of.
   """
   mesh = make_mesh(*sizes, devices=jax.devices())
   layer = make_layer(make_exchange(name, mesh, BATCH_AXES, options), router)
@@ -244,7 +244,8 @@ def sent(name, options, sizes, router=None):
     out_shardings=NamedSharding(mesh, P(BATCH_AXES, None, 'tensor')),
   )
   found = collectives(run.lower(state, on(mesh, tokens())).compile(), mesh.size)
-  assert {one.source.split('/')[1] for one in found} <= {'shard_map', 'top_k'}
+  routing = {'top_k', 'BSD,DE->BSE'}
+  assert {one.source.split('/')[1] for one in found} - routing <= {'shard_map'}
   total: dict = {}
   for one in found:
     if 'shard_map' in one.source:
