@@ -139,7 +139,8 @@ def test_two_processes_ended_and_started_again_are_one_process(run, tmp_path):
   ours, theirs = metrics(two), metrics(one)
   assert list(ours) == list(theirs) == list(range(4))
   for step in ours:
-    assert ours[step].keys() >= theirs[step].keys()  # what ended in between was evaluated there, too
+    # what ended in between was evaluated there, too
+    assert ours[step].keys() >= theirs[step].keys()
     for name in theirs[step]:
       np.testing.assert_allclose(
         ours[step][name], theirs[step][name], rtol=1e-6, atol=1e-9, err_msg=f'{name} of {step}'
