@@ -29,11 +29,11 @@ class Quantised(NamedTuple):
 def quantise(rhs: Float[Array, 'E D F']) -> Quantised:
   """The nearest of 255 levels, symmetric about zero: the largest entry of a column is 127 times its scale.
 
-  No entry moves by more than half a scale. A column of zeros has the scale 1, one with a NaN or infinity the scale
-  NaN.
+  No entry moves by more than half a scale. A column of zeros, or of numbers whose scale would be no normal float32, has
+  the scale 1, one with a NaN or infinity the scale NaN.
   """
   largest = jnp.max(jnp.abs(rhs.astype(jnp.float32)), axis=1, keepdims=True)
-  scale = jnp.where(largest == 0, 1, largest / 127)
+  scale = jnp.where(largest < 127 * jnp.finfo(jnp.float32).tiny, 1, largest / 127)
   scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
   levels = jnp.round(rhs.astype(jnp.float32) / scale)
   return Quantised(jnp.where(jnp.isnan(levels), 0, levels).astype(jnp.int8), scale)
