@@ -10,7 +10,6 @@ We also mask packed documents, add a z loss, and report routing statistics.
 """
 
 import argparse
-import functools
 import json
 import os
 import pathlib
@@ -32,74 +31,24 @@ except ImportError as error:
 import jax
 import numpy as np
 
-from experiments.optim import make_optimizer
-from experiments.settings import OptimSettings
-from experiments.state import ModelDef, make_state
-from experiments.step import controls, make_train_step
-from moejax.mesh.make import make_mesh
-from moejax.moe.layer import MoE
-from moejax.transformer import Decoder
+from scripts.bench_decoder import (
+  BATCH,
+  CHOICES,
+  CLIP_NORM,
+  EXPERTS,
+  HEADS,
+  HIDDEN,
+  LAYERS,
+  LENGTH,
+  LOSSES,
+  OPTIMIZER,
+  VOCABULARY,
+  WIDTH,
+  Ours,
+)
 
 THREADS = 2
 COMPANY = 0.2  # cores that others may use in a round that counts
-BATCH, LENGTH, VOCABULARY = 16, 256, 256
-WIDTH, LAYERS, HEADS = 256, 4, 4
-EXPERTS, HIDDEN, CHOICES = 16, 256, 2
-OPTIMIZER = {'learning_rate': 1e-3, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
-CLIP_NORM = 1.0
-LOSSES = {'balance': 0.01, 'z': 0.001}
-
-
-class Ours:
-  """Our training step on one CPU device, compiled, its state donated."""
-
-  def __init__(self, tokens):
-    optim = OptimSettings(
-      schedule='constant',
-      warmup_steps=0,
-      cooldown_steps=0,
-      timescale=1.0,
-      final_fraction=1.0,
-      clip_norm=CLIP_NORM,
-      bias_rate=0.0,
-      **OPTIMIZER,
-    )
-    mesh = make_mesh(devices=jax.devices('cpu')[:1])
-    definition = ModelDef(our_model)
-    optimizer = functools.partial(make_optimizer, optim)
-    init, _, optimizer = make_state(definition, optimizer, mesh)
-    options = dict(microbatches=1, losses=LOSSES, bias_rate=0.0)
-    step = make_train_step(definition, optimizer, **options)
-    self.state = init(jax.random.key(0))
-    self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-    ones = np.ones(tokens.shape, np.int32)
-    self.batch = {
-      'tokens': tokens,
-      'targets': np.roll(tokens, -1, axis=1),
-      'segment_ids': ones,
-      'positions': ones.cumsum(axis=1, dtype=np.int32) - 1,
-      'loss_mask': np.arange(LENGTH)[None, :] < ones * (LENGTH - 1),
-    }
-    self._control = controls(optim, seed=0, steps=1)(0)
-    start = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=0)
-    self._step = jitted.lower(self.state, self.batch, self._control).compile()
-    self.compile_seconds = time.perf_counter() - start
-
-  def train(self, steps: int) -> float:
-    """The loss of the last of so many steps."""
-    for _ in range(steps):
-      self.state, metrics = self._step(self.state, self.batch, self._control)
-    return float(metrics['loss'])
-
-
-def our_model(rngs):
-  """A decoder with a mixture in every block, as OLMoE (Muennighoff et al. 2024)."""
-  router = {'name': 'top_k', 'k': CHOICES, 'weighting': 'softmax_topk'}
-  moe = lambda rngs: MoE(WIDTH, HIDDEN, EXPERTS, router, losses={}, rngs=rngs)
-  layers = tuple(range(LAYERS))
-  options = dict(qk_norm=True, tie_embeddings=False, moe=moe, moe_layers=layers, unroll=LAYERS)
-  return Decoder(VOCABULARY, WIDTH, LAYERS, HEADS, HIDDEN, **options, rngs=rngs)
 
 
 class Theirs:
