@@ -156,14 +156,17 @@ def ids(seed=5, shape=(B, S)):
 
 
 def context(train=True, *, token_ids=None, **fields) -> Context:
-  """All that a router may look at; what is known of a whole sequence is a function of its first ids."""
+  """All that a router may look at; what is known of a whole sequence is a function of its first ids.
+
+  There is a mask unless a test asks for none: programs with and without one are not the same.
+  """
   token_ids = ids() if token_ids is None else token_ids
   table = jax.random.normal(jax.random.key(8), (V, E))
   usual = {'rng': jax.random.key(7), 'train': train, 'progress': jnp.float32(0.4)}
   first = token_ids[:, :3]
   usual['shared'] = {'read_me': table[token_ids]}
   usual |= {'task': first[:, 0] % 2, 'time': first[:, 0] / V, 'domain': table[first[:, 0]]}
-  usual |= {'text': table[first]}
+  usual |= {'text': table[first], 'mask': jnp.ones(token_ids.shape, bool)}
   maps = jax.random.uniform(jax.random.key(9), (V, token_ids.shape[1]))
   usual |= {'maps': maps[first]}
   return Context(**usual | fields, token_ids=token_ids)
@@ -266,11 +269,12 @@ def test_value_and_gradient_are_the_oracles_in_float32(row):
 
 @pytest.mark.usefixtures('x64')
 def test_value_and_gradient_are_the_oracles_in_float64(row):
-  """A step that is computed in float32 shows here."""
+  """A step that is computed in float32 shows here. No mask: that is not the program of the other tests."""
   layer, x = widen(make_layer(row)), tokens(dtype=jnp.float64)
-  y, _, _, gradients = program(row, dtype=jnp.float64)(layer, x, context())
+  y, _, _, gradients = program(row, dtype=jnp.float64)(layer, x, context(mask=None))
   assert y.dtype == jnp.float64
-  want, _, _, want_gradients = program(row, by_oracle, dtype=jnp.float64)(layer, x, context())
+  oracles = program(row, by_oracle, dtype=jnp.float64)
+  want, _, _, want_gradients = oracles(layer, x, context(mask=None))
   check_close((y, gradients), (want, want_gradients), 1e-10)
 
 
