@@ -53,9 +53,19 @@ def get_config() -> ConfigDict:
   config.model.qk_norm_scope = (
     'head'  # what that norm is over: head, all (heads of a token at once)
   )
-  config.model.attention = 'grouped'  # grouped (queries), latent (DeepSeek), whose sizes come next
+  # grouped (queries); latent (DeepSeek); experts (heads as experts, MoA); switch_head (experts in heads)
+  config.model.attention = 'grouped'
   # kv_rank and rotary_dim; q_rank 0: queries without a latent, value_dim 0: head_dim
   config.model.latent = ConfigDict({'q_rank': 0, 'kv_rank': 0, 'rotary_dim': 0, 'value_dim': 0})
+  config.model.heads = ConfigDict()  # of experts and switch_head; other attentions have none
+  config.model.heads.num_experts = 8  # heads to choose from; of switch_head experts in each head
+  config.model.heads.options = (
+    ConfigDict()
+  )  # experts: {'kind': 'stick_breaking'}; switch_head: {'k': 2}
+  config.model.heads.router = ConfigDict(
+    {'name': 'top_k', 'k': 2, 'weighting': 'softmax_topk_norm_sg'}
+  )  # of experts alone
+  config.model.heads.losses = ConfigDict()  # coefficients: {'balance': 0.01, 'z': 0.001} in MoA
   config.model.rope_theta = 10_000.0
   config.model.vocab_size = 0  # rows of the embedding; 0: as the tokenizer
   config.model.tie_embeddings = True

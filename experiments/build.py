@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from experiments.data import Stream, make_stream
 from experiments.errors import BadInput
+from experiments.heads import check_heads, head_facts, heads_maker
 from experiments.optim import make_optimizer
 from experiments.place import batch_share
 from experiments.program import Program
@@ -104,6 +105,7 @@ def build_program(settings: Settings, stream: Stream) -> Program:
       mesh,
       microbatches=settings.microbatches,
       losses=settings.model.moe.losses,
+      other_losses={'attention': settings.model.heads.losses},
       bias_rate=settings.optim.bias_rate,
       average_rate=settings.optim.average_rate,
       consistency=settings.optim.consistency,
@@ -171,6 +173,7 @@ def check_routing(settings: Settings) -> None:
     BadInput: an unknown router, router option or loss, an option out of its range, or a router that looks at
       later tokens in a causal model.
   """
+  check_heads(settings)
   if not settings.model.moe_layers:
     return
   moe = settings.model.moe
@@ -349,6 +352,7 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     'num_kv_heads': model.num_kv_heads,
     'qk_norm_scope': model.qk_norm_scope,
     'latent': latent_of(model),
+    'heads': heads_maker(model, dtype),
     'rope_theta': model.rope_theta,
     'head_dim': model.head_dim,
     'tie_embeddings': model.tie_embeddings,
@@ -426,9 +430,15 @@ def training_flops(settings: Settings, stream: Stream) -> float:
     head_dim=model.head_dim,
     gated=model.gated,
     latent=latent_of(model),
+    heads=_head_flops(settings),
     **sizes,
   )
   return 3 * settings.batch_size * settings.data.sequence_length * sum(parts.values())
+
+
+def _head_flops(settings: Settings) -> dict[str, int | float] | None:
+  facts = head_facts(settings.model)
+  return None if facts is None else facts.flops(settings.data.sequence_length)
 
 
 def _moe_flops(settings: Settings, stream: Stream) -> dict[str, int | float]:

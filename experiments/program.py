@@ -24,7 +24,7 @@ class Program:
     definition: the model.
     make_optimizer: of abstract parameters.
     mesh: over all devices.
-    microbatches, losses, bias_rate, average_rate, consistency: see `make_train_step`.
+    microbatches, losses, other_losses, bias_rate, average_rate, consistency: see `make_train_step`.
 
   Attributes:
     mesh, definition, optimizer: as given.
@@ -44,6 +44,7 @@ class Program:
     *,
     microbatches: int,
     losses: Mapping[str, float],
+    other_losses: Mapping[str, Mapping[str, float]] | None = None,
     bias_rate: float,
     average_rate: float = 0.0,
     consistency: float = 0.0,
@@ -58,6 +59,7 @@ class Program:
       self.optimizer,
       microbatches=microbatches,
       losses=losses,
+      other_losses=other_losses,
       bias_rate=bias_rate,
       average_rate=average_rate,
       consistency=consistency,

@@ -90,6 +90,14 @@ class LatentSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadSettings:
+  num_experts: Annotated[int, _at_least_1]
+  options: dict[str, Any]  # of this kind of attention
+  router: dict[str, Any]  # 'name' and that router's own options
+  losses: dict[str, Annotated[float, _not_negative]]  # coefficients by name of the loss
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSettings:
   kind: Literal['decoder', 'encoder', 'vit']
   d_model: Annotated[int, _at_least_1]
@@ -102,8 +110,9 @@ class ModelSettings:
   gated: bool
   qk_norm: bool
   qk_norm_scope: Literal['head', 'all']
-  attention: Literal['grouped', 'latent']
+  attention: Literal['grouped', 'latent', 'experts', 'switch_head']
   latent: LatentSettings
+  heads: HeadSettings
   rope_theta: Annotated[float, _positive]
   vocab_size: Annotated[int, _not_negative]
   tie_embeddings: bool
@@ -220,8 +229,8 @@ def _check_model(model: ModelSettings) -> None:
     _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads)
   if model.num_kv_heads:
     _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
-  if model.attention == 'latent':
-    _check_latent(model)
+  if model.attention != 'grouped':
+    _check_attention(model)
   moe, layers = model.moe, model.moe_layers
   if moe.layers == 'none':
     return
@@ -239,16 +248,20 @@ def _check_model(model: ModelSettings) -> None:
   _check_router(moe)
 
 
-def _check_latent(model: ModelSettings) -> None:
+def _check_attention(model: ModelSettings) -> None:
   if model.kind == 'vit':
     raise refuse('model.attention', model.attention, "'grouped' for model.kind='vit'")
   if model.qk_norm:
-    raise refuse(
-      'model.qk_norm', True, "False with model.attention='latent', which norms its latents"
-    )
+    why = ', which norms its latents' if model.attention == 'latent' else ''
+    raise refuse('model.qk_norm', True, f'False with model.attention={model.attention!r}{why}')
   if model.num_kv_heads not in (0, model.num_heads):
-    text = f"0 or model.num_heads={model.num_heads} with model.attention='latent'"
+    text = f'0 or model.num_heads={model.num_heads} with model.attention={model.attention!r}'
     raise refuse('model.num_kv_heads', model.num_kv_heads, text)
+  if model.attention == 'latent':
+    _check_latent(model)
+
+
+def _check_latent(model: ModelSettings) -> None:
   if not model.latent.kv_rank:
     raise refuse('model.latent.kv_rank', 0, "at least 1 with model.attention='latent'")
   if not model.latent.rotary_dim or model.latent.rotary_dim % 2:

@@ -22,7 +22,7 @@ import optax
 from experiments.schedules import make_schedule
 from experiments.settings import OptimSettings
 from experiments.state import ModelDef, TrainState
-from moejax.arrays import RoutingStats
+from moejax.arrays import ModelStats, RoutingStats
 from moejax.moe.averaging import average_banks, consistency_loss
 from moejax.moe.controllers import balance_biases
 from moejax.moe.losses import LOSSES, weighted_losses
@@ -45,7 +45,7 @@ class Totals:
   loss: jax.Array
   correct: jax.Array
   count: jax.Array
-  stats: RoutingStats | None
+  stats: ModelStats
   divergence: jax.Array | None = None
 
 
@@ -78,7 +78,7 @@ def controls(optim: OptimSettings, seed: int, steps: int) -> Callable[[int], Con
 
 def predict(
   model, batch: Batch, rng: jax.Array | None, progress: jax.Array | None, train: bool
-) -> tuple[jax.Array, RoutingStats | None]:
+) -> tuple[jax.Array, ModelStats]:
   """Logits and routing of one batch.
 
   Text: tokens, targets, segment_ids, positions and loss_mask `[B, S]`. Images: image `[B, I, J, Q]`, label `[B]`, and
@@ -114,7 +114,7 @@ def totals(
   return totals_of(logits, stats, batch)
 
 
-def totals_of(logits: jax.Array, stats: RoutingStats | None, batch: Batch) -> Totals:
+def totals_of(logits: jax.Array, stats: ModelStats, batch: Batch) -> Totals:
   """The sums of these predictions."""
   targets, predicted = to_predict(batch)
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -147,6 +147,7 @@ def make_train_step(
   *,
   microbatches: int,
   losses: Mapping[str, float],
+  other_losses: Mapping[str, Mapping[str, float]] | None = None,
   bias_rate: float,
   average_rate: float = 0.0,
   consistency: float = 0.0,
@@ -157,7 +158,8 @@ def make_train_step(
     definition: the model.
     optimizer: of optax; gives the direction, and the learning rate of the control multiplies it.
     microbatches: how many parts the batch is worked on in.
-    losses: auxiliary losses, name -> coefficient, added up over layers.
+    losses: auxiliary losses of the mixtures, name -> coefficient, added up over layers.
+    other_losses: those of other routed parts of a block, by part: `{'attention': {'balance': 0.01}}`.
     bias_rate: of the loss-free balancing controller; 0 for none.
     average_rate: experts move towards each other after every step, by a rate that grows linearly from 0 to this (Huang
       et al. 2023); 0 for none.
@@ -167,14 +169,19 @@ def make_train_step(
   A step whose loss or gradient is not finite changes nothing but the counters.
   """
 
+  losses_of = {**(other_losses or {}), 'moe': losses}
+
   def objective(params, routing, batch, rng, progress):
     run = functools.partial(_training_totals, definition, routing, progress, consistency > 0)
     sums = sum_over_microbatches(run, params, batch, rng, microbatches)
     loss = sums.loss / jnp.maximum(sums.count, 1)
     if sums.divergence is not None:
       loss = loss + consistency / 2 * sums.divergence / jnp.maximum(sums.count, 1)
-    auxiliary = {} if sums.stats is None else layer_losses(sums.stats, losses)
-    return loss + sum(value.sum() for value in auxiliary.values()), sums
+    for stats in each_layout(sums.stats):
+      loss = loss + sum(
+        v.sum() for v in layer_losses(stats, losses_of.get(stats.part, {})).values()
+      )
+    return loss, sums
 
   def step(state: TrainState, batch: Batch, control: Control) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(jax.random.key(control.seed), state.step)
@@ -185,7 +192,9 @@ def make_train_step(
     updates = optax.tree.scale(control.learning_rate, updates)
     routing = state.routing
     if bias_rate and sums.stats is not None:
-      routing = balance_biases(routing, sums.stats.chosen_e, bias_rate)
+      mixtures = [stats for stats in each_layout(sums.stats) if stats.part == 'moe']
+      chosen = [chosen_e for stats in mixtures for chosen_e in stats.chosen_e]
+      routing = balance_biases(routing, chosen, bias_rate)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
     params = optax.apply_updates(state.params, updates)
     if average_rate:
@@ -261,18 +270,47 @@ def layer_losses(stats: RoutingStats, coefficients: Mapping[str, float]) -> Metr
   return jax.vmap(lambda one: weighted_losses(one, dict(coefficients)))(stats)
 
 
+def each_layout(stats: ModelStats) -> tuple[RoutingStats, ...]:
+  """The stats of a model, one record for each layout; none of a model that routes nothing."""
+  if stats is None:
+    return ()
+  return (stats,) if isinstance(stats, RoutingStats) else stats
+
+
 def summary(sums: Totals) -> Metrics:
-  """What is reported of a step: scalars, per-layer `[L]` and the loads `[L, E]`. Losses without coefficient, means
-  over layers."""
+  """What is reported of a step: scalars, per-layer `[L]` and the loads `[L, E]`, zero past the experts of a layer that
+  has fewer. Losses without coefficient, means over layers. Other parts than mixtures stand under names of their own,
+  such as 'attention_load'."""
   count = jnp.maximum(sums.count, 1)
   metrics = {'loss': sums.loss / count, 'accuracy': sums.correct / count}
   if sums.divergence is not None:
     metrics['divergence'] = sums.divergence / count
-  if sums.stats is None:
-    return metrics
-  for name in ('balance', 'z'):
-    metrics[f'{name}_loss'] = jax.vmap(LOSSES[name])(sums.stats).mean()
-  return metrics | jax.vmap(routing_metrics)(sums.stats)
+  parts: dict[str, list[RoutingStats]] = {}
+  for stats in each_layout(sums.stats):
+    parts.setdefault('' if stats.part == 'moe' else f'{stats.part}_', []).append(stats)
+  for prefix, records in parts.items():
+    found = joined([_layer_metrics(stats) for stats in records])
+    for name in ('balance', 'z'):
+      metrics[f'{prefix}{name}_loss'] = found.pop(f'{name}_loss').mean()
+    metrics |= {f'{prefix}{name}': value for name, value in found.items()}
+  return metrics
+
+
+def _layer_metrics(stats: RoutingStats) -> Metrics:
+  losses = {f'{name}_loss': jax.vmap(LOSSES[name])(stats) for name in ('balance', 'z')}
+  return losses | jax.vmap(routing_metrics)(stats)
+
+
+def joined(records: list[Metrics]) -> Metrics:
+  """Metrics `[L]` and `[L, E]` of one part, layer after layer; loads filled up with zeros to the most experts."""
+
+  def join(*values: jax.Array) -> jax.Array:
+    widest = max(value.shape[-1] for value in values)
+    if values[0].ndim > 1:
+      values = tuple(jnp.pad(v, ((0, 0), (0, widest - v.shape[-1]))) for v in values)
+    return jnp.concatenate(values)
+
+  return jax.tree.map(join, *records)
 
 
 def make_eval_step(definition: ModelDef) -> Callable[[Any, Any, Batch], Totals]:

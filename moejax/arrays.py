@@ -152,6 +152,7 @@ class RoutingStats:
     cost_e: `[E]`, tokens times the relative cost of the expert; None: all cost the same.
     guidance: scalar, sum of `Scores.guidance`; None where there is none.
     clusters: as in `Scores`.
+    part: which layer of a block these are of: 'moe', or 'attention' whose heads are experts.
 
   E counts all experts that the router knows.
   """
@@ -171,6 +172,12 @@ class RoutingStats:
   cost_e: Array | None = None
   guidance: Array | None = None
   clusters: int = dataclasses.field(default=1, metadata=STATIC)
+  part: str = dataclasses.field(default='moe', metadata=STATIC)
+
+
+ModelStats = RoutingStats | tuple[RoutingStats, ...] | None
+"""Of a whole model: the stats of all its routed layers stacked in layer order `[L, ...]`; where they are of unlike
+layouts (other numbers of experts, other parts of a block) one record for each, in order of their first layers."""
 
 
 @jax.tree_util.register_dataclass

@@ -19,7 +19,7 @@ from flax import nnx
 import moejax
 from experiments import build, cli
 from experiments.errors import BadInput
-from experiments.settings import MoESettings
+from experiments.settings import ModelSettings, MoESettings
 from moejax import Assignment, Context, Scores
 from moejax.mesh.make import AXES
 from moejax.moe.dispatch import DISPATCHES
@@ -162,7 +162,9 @@ def test_the_table_of_routers_is_the_flags():
 def test_the_tables_of_options_are_complete():
   values = [row['values'] for row in table('option', 'values', 'where')]
   exchanges = typing.get_args(typing.get_type_hints(MoESettings)['exchange'])
-  accepted = [PRIORITIES, SECOND_POLICIES, GROUPS, KINDS, DISPATCHES, exchanges, MOMENTA, AXES]
+  attentions = typing.get_args(typing.get_type_hints(ModelSettings)['attention'])
+  accepted = [PRIORITIES, SECOND_POLICIES, GROUPS, KINDS, attentions]
+  accepted += [DISPATCHES, exchanges, MOMENTA, AXES]
   assert [set(code(cell)) for cell in values] == [set(names) for names in accepted]
   rows = table('weighting', 'affinity', 'weights of the chosen', 'used by')
   assert {code(row['weighting'])[0]: row['affinity'] for row in rows} == {

@@ -105,6 +105,10 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
   model = settings.model
   if model.kind == 'vit':
     raise BadInput("model.kind='vit' is not planned for: accepted are 'decoder' and 'encoder'")
+  if model.attention in ('experts', 'switch_head'):
+    raise BadInput(
+      f"model.attention={model.attention!r} is not planned for: accepted are 'grouped' and 'latent'"
+    )
   stream = data_shape(settings)
   found = tensors(settings)
   latent = latent_of(model)

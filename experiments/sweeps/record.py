@@ -43,7 +43,14 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
   workdir.write_text(result_path(folder), json.dumps(result, indent=1, sort_keys=True) + '\n')
 
 
-def size(settings: Settings, counts: Mapping[str, int], tokens: int, flops: float, active: float):
+def size(
+  settings: Settings,
+  counts: Mapping[str, int],
+  tokens: int,
+  flops: float,
+  active: float,
+  active_heads: float = 1.0,
+) -> dict[str, Any]:
   """The columns that scaling laws are fitted to.
 
   Args:
@@ -52,15 +59,17 @@ def size(settings: Settings, counts: Mapping[str, int], tokens: int, flops: floa
     tokens: that it trained on.
     flops: of the whole training.
     active: fraction of the routed experts' parameters that works on a token.
+    active_heads: the same of heads that are experts.
 
   Returns:
     N: parameters without embeddings, output layer and router (Krajewski et al. 2024). N_active: those of them that
     work on one token. D: tokens. G: granularity. E: expansion rate, experts at granularity 1; 1 for a dense model.
   """
   moe = settings.model.moe
-  outside = sum(counts.get(part, 0) for part in ('embed', 'head', 'moe/router'))
+  outside = sum(counts.get(part, 0) for part in ('embed', 'head', 'moe/router', 'attention/router'))
   total = counts['total'] - outside
   idle = counts.get('moe/experts', 0) * (1 - min(1.0, active))
+  idle += counts.get('attention/experts', 0) * (1 - min(1.0, active_heads))
   is_moe = bool(settings.model.moe_layers)
   return {
     'N': total,

@@ -58,6 +58,7 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
   # JAX is imported here, so that a worker is on its cores before
   from experiments.build import active_share, training_flops
   from experiments.errors import NonFiniteError
+  from experiments.heads import head_facts
   from experiments.log import read_lines
   from experiments.settings import Settings
   from experiments.sweeps import record
@@ -77,6 +78,7 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
   result: dict[str, Any] = metrics | {'status': status or record.status_of(metrics)}
   if parts is not None:
     stream = parts.train_stream
+    heads = head_facts(settings.model)
     images = stream.image_shape is not None
     tokens = settings.steps * settings.batch_size * (1 if images else settings.data.sequence_length)
     result |= record.size(
@@ -85,6 +87,7 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
       tokens,
       settings.steps * training_flops(settings, stream),
       active_share(settings, stream) if settings.model.moe_layers else 1.0,
+      heads.active_share(settings.data.sequence_length) if heads else 1.0,
     )
   result |= {'train_seconds': lines[-1]['time']['seconds'], 'seconds': time.monotonic() - start}
   record.write_result(folder, result)

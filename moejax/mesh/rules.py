@@ -36,7 +36,7 @@ RULES: tuple[Rule, ...] = (
   # of nested experts, whose weights are those of a dense layer
   (r'moe/(gate_kernel|gate_offset|alpha)', ()),
   # routers are small, and float32 on every device
-  (r'moe/([a-z]+/)?router/scorer/(\w+/)*\w+', ()),
+  (r'(moe/([a-z]+/)?|attention/)router/scorer/(\w+/)*\w+', ()),
   (r'stack/shared/(enter/weight|kernel|into|over|offset|over_offset)', ()),
   (r'moe/([a-z]+/)?router/bias', ()),
   # the rest of a block: width of the model over `fsdp`, heads and hidden width over `tensor`
@@ -44,6 +44,10 @@ RULES: tuple[Rule, ...] = (
   # latent attention: narrow on one side, which a large axis does not divide
   (r'attention/(query|kv)_down/weight', ('fsdp', None)),
   (r'attention/(query|kv)_up/weight', (None, 'fsdp')),
+  # heads as experts: stacked matrices, each as narrow as a head on one side
+  (r'attention/(w_query|w_value)', (None, 'fsdp', None)),
+  (r'attention/w_out', (None, None, 'fsdp')),
+  (r'attention/(value|out)_router', ()),
   (r'(attention/out|ffn/down)/weight', ('tensor', 'fsdp')),
   (r'(attention/\w+|ffn/\w+)/bias', ()),
   (r'(attention/)?\w*norm/(scale|bias)', ()),

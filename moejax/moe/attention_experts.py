@@ -50,7 +50,7 @@ class AttentionExperts(nnx.Module):
   et al. 2024). The paper's noisy gate and its draw of the last choice in training are routers' options, or not here.
 
   Raises:
-    ValueError: an unknown kind or loss; when called, a plan that is not token by token.
+    ValueError: an unknown kind or loss, sticks that are not causal; when called, a plan that is not token by token.
   """
 
   def __init__(
@@ -68,6 +68,8 @@ class AttentionExperts(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_name('kind', kind, KINDS)
+    if kind == 'stick_breaking' and not causal:
+      raise ValueError('stick_breaking with causal=False: accepted is causal=True')
     losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
     check_losses(losses)
     usual = {'name': 'top_k', 'k': 2, 'weighting': 'softmax_topk_norm_sg'}
@@ -87,10 +89,26 @@ class AttentionExperts(nnx.Module):
     self.losses = tuple(sorted(losses.items()))
     self.dtype = jnp.dtype(dtype)
 
+  routed = True
+
   @property
   def flags(self) -> Flags:
     """What the router promises; without `causal` nothing about later tokens."""
     return self.router.flags
+
+  def active_share(self, sequence_length: int) -> float:
+    """Fraction of the experts' parameters (queries and outputs) that works on a token."""
+    return min(1.0, self.router.rows_per_token(sequence_length) / self.router.num_experts)
+
+  def flops_per_token(self, sequence_length: int) -> dict[str, int | float]:
+    """Model FLOPs of one token, by part; scores count the whole square as everywhere."""
+    d_model, width = self.w_query.shape[-2:]
+    heads = self.router.rows_per_token(sequence_length)
+    return {
+      'attention_projections': 2 * d_model * width * (2 * heads + 2),
+      'attention_scores': 2 * sequence_length * heads * 2 * width,
+      'attention_router': 2 * d_model * self.router.num_experts,
+    }
 
   def __call__(
     self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,13 +26,15 @@ def balance_bias(
   return bias_e + jnp.asarray(rate, bias_e.dtype) * step.astype(bias_e.dtype)
 
 
-def balance_biases(routing: Any, chosen_le: Float[Array, 'L E'], rate: float) -> Any:
+def balance_biases(
+  routing: Any, chosen_le: Float[Array, 'L E'] | Sequence[Array], rate: float
+) -> Any:
   """`balance_bias` for every router of a model.
 
   Args:
     routing: pure dict of the model's router state; its leaves are biases `[repeats, E]`, one for each mixture in
       the repeated unit of a segment (moejax/transformer/stack.py).
-    chosen_le: as in `balance_bias`, in layer order.
+    chosen_le: as in `balance_bias`, in layer order; `[E]` of each layer where they have other numbers of experts.
     rate: see `balance_bias`.
   """
   leaves, structure = jax.tree.flatten(routing)
@@ -43,9 +46,11 @@ def balance_biases(routing: Any, chosen_le: Float[Array, 'L E'], rate: float) ->
   ):  # the blocks of a unit take turns: layers first, first + size, ... are the first block's
     block_leaves = leaves[len(new) : len(new) + size]
     repeats = block_leaves[0].shape[0]
-    chosen_rse = chosen_le[first : first + repeats * size].reshape(repeats, size, -1)
-    new += [balance_bias(leaf, chosen_rse[:, i], rate) for i, leaf in enumerate(block_leaves)]
-    first += repeats * size
+    stop = first + repeats * size
+    for i, leaf in enumerate(block_leaves):
+      chosen_re = jnp.stack([*chosen_le[first + i : stop : size]])
+      new.append(balance_bias(leaf, chosen_re, rate))
+    first = stop
   return jax.tree.unflatten(structure, new)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -20,7 +21,7 @@ class Block(nnx.Module):
 
   Dense layers stay under the name `ffn` and mixtures under `moe`, so that a parameter's path says which
   it is. An output norm of the mixture belongs to the mixture. Attention is called as
-  `Attention` is.
+  `Attention` is; one whose heads are experts (`routed`) as `AttentionExperts`.
 
   Raises:
     ValueError: unless exactly one of ffn and moe is given.
@@ -51,15 +52,29 @@ class Block(nnx.Module):
     context: Context,
     rotation: tuple[jax.Array, jax.Array] | None = None,
     visible: Visible | None = None,
-  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None, dict[str, Array]]:
-    """The block's output, of a mixture its routing sums, and the state for the block above."""
-    x = x + self.attention(self.attention_norm(x), rotation, visible)
+  ) -> tuple[Float[Array, 'B S D'], tuple[RoutingStats, ...], dict[str, Array]]:
+    """The block's output, the routing sums of its routed layers, and the state for the block above."""
+    x, stats = self.attend(x, context, rotation, visible)
     h = self.ffn_norm(x)
     state = context.state or {}
     if self.moe is None:
-      return x + self.ffn(h), None, state
+      return x + self.ffn(h), stats, state
     y, aux = self.moe(h, context)
-    return x + y, aux.stats, state | (aux.state or {})
+    return x + y, (*stats, aux.stats), state | (aux.state or {})
+
+  def attend(
+    self,
+    x: Float[Array, 'B S D'],
+    context: Context,
+    rotation: tuple[jax.Array, jax.Array] | None = None,
+    visible: Visible | None = None,
+  ) -> tuple[Float[Array, 'B S D'], tuple[RoutingStats, ...]]:
+    """The first half of the block, and the routing sums of its heads where these are experts."""
+    h = self.attention_norm(x)
+    if not getattr(self.attention, 'routed', False):
+      return x + self.attention(h, rotation, visible), ()
+    y, aux = self.attention(h, context, rotation, visible)
+    return x + y, (dataclasses.replace(aux.stats, part='attention'),)
 
   def initial_state(self, x: Float[Array, 'B S D']) -> dict[str, Array]:
     """What the block finds in `context.state` if nothing below it has left anything there."""

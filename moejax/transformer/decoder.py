@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.arrays import Context, RoutingStats
+from moejax.arrays import Context, ModelStats
 from moejax.transformer.attention import Attention, Visible, visibility
 from moejax.transformer.block import Block
 from moejax.transformer.ffn import FFN
@@ -29,6 +29,7 @@ class Decoder(nnx.Module):
     head_dim: None for d_model / num_heads.
     qk_norm: RMSNorm over each query and key head, or with qk_norm_scope='all' over all of them at once.
     latent: sizes of latent attention, in place of grouped queries; None for these.
+    heads: makes the attention of one block, in place of either, such as moejax/moe/attention_experts.py.
     rope_theta: base of the rotary frequencies.
     tie_embeddings: the output layer is the transposed embedding table.
     moe: makes one mixture, `y, aux = layer(x, context)`; the layers named in `moe_layers` hold one each.
@@ -60,6 +61,7 @@ class Decoder(nnx.Module):
     qk_norm: bool = False,
     qk_norm_scope: Literal['head', 'all'] = 'head',
     latent: Latent | None = None,
+    heads: Callable[[nnx.Rngs], nnx.Module] | None = None,
     rope_theta: float = 10000.0,
     tie_embeddings: bool = True,
     activation: str = 'silu',
@@ -78,6 +80,10 @@ class Decoder(nnx.Module):
     head_dim = head_width(d_model, num_heads, head_dim)
     self.rotary_dim, self.rope_theta = latent.rotary_dim if latent else head_dim, rope_theta
     out_init = residual_init(num_layers)
+    if heads and (latent or qk_norm or attention):
+      raise ValueError(
+        f'heads with latent={latent}, qk_norm={qk_norm}, attention={attention!r}: accepted are None, False and None'
+      )
     if latent and (num_kv_heads not in (None, num_heads) or qk_norm or attention):
       raise ValueError(
         f'latent attention with num_kv_heads={num_kv_heads}, qk_norm={qk_norm}, attention={attention!r}: '
@@ -87,7 +93,9 @@ class Decoder(nnx.Module):
     def make_block(kind, rngs):
       options = dict(out_init=out_init, dtype=dtype, rngs=rngs)
       attention_layer: nnx.Module
-      if latent:
+      if heads:
+        attention_layer = heads(rngs)
+      elif latent:
         attention_layer = LatentAttention(
           d_model, num_heads, head_dim, latent, causal=causal, **options
         )
@@ -125,8 +133,8 @@ class Decoder(nnx.Module):
     progress: jax.Array | None = None,
     side: Mapping[str, jax.Array] | None = None,
     train: bool = False,
-  ) -> tuple[Float[Array, 'B S V'], RoutingStats | None]:
-    """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]` (None without).
+  ) -> tuple[Float[Array, 'B S V'], ModelStats]:
+    """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]`, see `ModelStats`.
 
     Args:
       positions: for rotation and routers; None counts from 0 in every row. Rotation only sees differences, so
@@ -151,7 +159,7 @@ class Decoder(nnx.Module):
 
   def features(
     self, tokens: Int[Array, 'B S'], **inputs
-  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
+  ) -> tuple[Float[Array, 'B S D'], ModelStats]:
     """What the output layer reads, and stats; arguments as of a call."""
     x, stats = self.stack(*self.enter(tokens, **inputs))
     return self.norm(x), stats

@@ -29,6 +29,7 @@ def forward_flops_per_token(
   head_dim: int | None = None,
   gated: bool = True,
   latent: Latent | None = None,
+  heads: Flops | None = None,
   num_moe_layers: int = 0,
   moe: Flops | None = None,
 ) -> Flops:
@@ -36,6 +37,7 @@ def forward_flops_per_token(
 
   Args:
     latent: sizes of latent attention; num_kv_heads is then without meaning.
+    heads: FLOPs of one token in the attention of one layer, by part, in place of either.
     moe: FLOPs of one token in one mixture, by part, as of `moe_flops_per_token`.
   """
   head_dim = head_dim or d_model // num_heads
@@ -44,9 +46,12 @@ def forward_flops_per_token(
   if latent:
     weights = latent_weights(d_model, num_heads, head_dim, latent)
     score_widths = head_dim + latent.rotary_dim + (latent.value_dim or head_dim)
+  attention: Flops = {
+    'attention_projections': 2 * weights,
+    'attention_scores': 2 * seq_len * num_heads * score_widths,
+  }
   flops = {
-    'attention_projections': num_layers * 2 * weights,
-    'attention_scores': num_layers * 2 * seq_len * num_heads * score_widths,
+    **{part: num_layers * count for part, count in (heads or attention).items()},
     'ffn': (num_layers - num_moe_layers) * (3 if gated else 2) * 2 * d_model * d_ff,
     'head': 2 * d_model * vocab_size,
   }
@@ -115,9 +120,9 @@ def forward_flops_per_image(
 def count_params(params: Mapping) -> dict[str, int]:
   """Numbers of parameters by part of a pure dict of parameters (`nnx.to_pure_dict`), and their 'total'.
 
-  Parts: 'embed' (tokens or patches, positions), 'attention', 'ffn', 'norm', 'head' (absent when tied), and of
-  mixtures what their own names are: 'moe/experts', 'moe/router', ... A token that uses K of E experts is
-  served by 'total' less (1 - K / E) of 'moe/experts'.
+  Parts: 'embed' (tokens or patches, positions), 'attention' (with 'attention/experts' and 'attention/router' of heads
+  that are experts), 'ffn', 'norm', 'head' (absent when tied), and of mixtures what their own names are: 'moe/experts',
+  'moe/router', ... A token that uses K of E experts is served by 'total' less (1 - K / E) of 'moe/experts'.
   """
   counts: dict[str, int] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -135,6 +140,10 @@ def _part(names: list[str]) -> str:
   inside = names[names.index('blocks') + 2 :]  # stack/segments/0/blocks/1/<inside>
   if inside[0] == 'moe':
     return _mixture_part(inside[1:])
+  if inside[0] == 'attention' and inside[1].startswith('w_'):
+    return 'attention/experts'
+  if inside[0] == 'attention' and 'router' in inside[1]:
+    return 'attention/router'
   return 'norm' if inside[0].endswith('_norm') else inside[0]
 
 

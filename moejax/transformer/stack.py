@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax.arrays import Context, RoutingStats
+from moejax.arrays import Context, ModelStats, RoutingStats
 from moejax.transformer.attention import Visible
 from moejax.transformer.block import Block
 
@@ -70,8 +71,8 @@ class Segment(nnx.Module):
     context: Context,
     rotation: tuple[jax.Array, jax.Array] | None,
     visible: Visible | None,
-  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None, dict[str, jax.Array]]:
-    """Output, the stats of the mixtures, stacked in layer order `[L, ...]` (None without), and the routing state.
+  ) -> tuple[Float[Array, 'B S D'], list[RoutingStats], dict[str, jax.Array]]:
+    """Output, the stats of the routed layers, each layout stacked in layer order `[L, ...]`, and the routing state.
 
     `context.state` holds all that `Stack.prepare` puts there.
     """
@@ -91,14 +92,13 @@ class Segment(nnx.Module):
       for index, (graph, weights) in enumerate(zip(graphs, all_weights, strict=True)):
         layer = self.first + repeat * len(graphs) + index
         x, block_stats, state = run_block(graph)(weights, x, state, layer)
-        if block_stats is not None:
-          stats.append(block_stats)
+        stats += block_stats
       return (x, state), stats
 
     steps = (states, jnp.arange(self.repeats, dtype=jnp.int32))
     carry = (x, context.state or {})
     (x, state), stats = jax.lax.scan(run_unit, carry, steps, unroll=min(self.unroll, self.repeats))
-    return x, interleave(stats), state
+    return x, by_layout(stats, interleave), state
 
 
 class Stack(nnx.Module):
@@ -179,16 +179,16 @@ class Stack(nnx.Module):
     context: Context,
     rotation: tuple[jax.Array, jax.Array] | None = None,
     visible: Visible | None = None,
-  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
-    """Output and the stats of all mixtures, stacked in layer order `[L, ...]`; None without mixtures."""
-    parts = []
+  ) -> tuple[Float[Array, 'B S D'], ModelStats]:
+    """Output and the stats of all routed layers, see `ModelStats`."""
+    parts: list[RoutingStats] = []
     context = self.prepare(x, context, visible)
     for segment in self.segments:
       x, stats, state = segment(x, context, rotation, visible)
       context = dataclasses.replace(context, state=state)
-      if stats is not None:
-        parts.append(stats)
-    return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else None
+      parts += stats
+    found = by_layout(parts, lambda alike: jax.tree.map(lambda *a: jnp.concatenate(a), *alike))
+    return x, (tuple(found) if len(found) > 1 else found[0] if found else None)
 
   def prepare(
     self, x: Float[Array, 'B S D'], context: Context, visible: Visible | None = None
@@ -242,8 +242,17 @@ def context_of(layer: jax.Array | int, context: Context) -> Context:
   return dataclasses.replace(context, rng=jax.random.fold_in(context.rng, layer))
 
 
-def interleave(stats: list[RoutingStats]) -> RoutingStats | None:
+def by_layout(
+  stats: Sequence[RoutingStats], join: Callable[[list[RoutingStats]], RoutingStats]
+) -> list[RoutingStats]:
+  """Stats `[L, ...]` that agree in all but L joined, in order of the first of each."""
+  alike: dict[Any, list[RoutingStats]] = {}
+  for one in stats:
+    leaves, structure = jax.tree.flatten(one)
+    alike.setdefault((structure, tuple(leaf.shape[1:] for leaf in leaves)), []).append(one)
+  return [join(group) for group in alike.values()]
+
+
+def interleave(stats: list[RoutingStats]) -> RoutingStats:
   """Stats of the n mixtures of a unit, each stacked over repeats `[L, ...]`, in layer order `[L * n, ...]`."""
-  if not stats:
-    return None
   return jax.tree.map(lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:]), *stats)

@@ -26,7 +26,7 @@ def routing_trace(model: Decoder, tokens, **inputs) -> list[Assignment | SoftPla
   for layer, block in enumerate(model.stack.unstack()):
     own = context_of(layer, context)
     if isinstance(block.moe, MoE):
-      h = block.ffn_norm(x + block.attention(block.attention_norm(x), turn, visible))
+      h = block.ffn_norm(block.attend(x, own, turn, visible)[0])
       found.append(block.moe.router(h, own))
     x, _, state = block(x, own, turn, visible)
     context = dataclasses.replace(context, state=state)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax.arrays import Context, RoutingStats
+from moejax.arrays import Context, ModelStats
 from moejax.transformer.attention import Attention
 from moejax.transformer.block import Block
 from moejax.transformer.decoder import head_width, layer_kinds
@@ -102,8 +102,8 @@ class ViT(nnx.Module):
     progress: jax.Array | None = None,
     side: Mapping[str, jax.Array] | None = None,
     train: bool = False,
-  ) -> tuple[Float[Array, 'B O'], RoutingStats | None]:
-    """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]` (None without).
+  ) -> tuple[Float[Array, 'B O'], ModelStats]:
+    """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]`, see `ModelStats`.
 
     Args:
       rng: key for routers' noise; every layer gets its own.
@@ -122,7 +122,7 @@ class ViT(nnx.Module):
     progress: jax.Array | None = None,
     side: Mapping[str, jax.Array] | None = None,
     train: bool = False,
-  ) -> tuple[Float[Array, 'B S D'], RoutingStats | None]:
+  ) -> tuple[Float[Array, 'B S D'], ModelStats]:
     """Normed features of every patch, before pooling, and stats; arguments as of a call."""
     x = self.embed(to_patches(images, self.patch_size))
     if self.positions is None:

@@ -40,6 +40,9 @@ def _config_keys(config, prefix=''):
       'model.moe.momentum',
       'model.moe.exchange_options',
       'model.moe.options',
+      'model.heads.options',
+      'model.heads.router',
+      'model.heads.losses',
     )
     keys |= _config_keys(value, f'{prefix}{name}.') if nested else {prefix + name}
   return keys

@@ -190,7 +190,7 @@ def test_a_block_takes_it_as_its_mixture():
   rngs = nnx.Rngs(0)
   attention = Attention(D, 2, 2, 4, causal=True, out_init=fan_in_init, rngs=rngs)
   block = Block(D, attention=attention, moe=make(), rngs=rngs)
-  y, stats, _ = block(tokens(), Context(train=True))
+  y, (stats,), _ = block(tokens(), Context(train=True))
   assert y.shape == (2, 5, D)
   assert stats.chosen_e.shape == (8,)
 

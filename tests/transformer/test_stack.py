@@ -53,7 +53,7 @@ def run_unstacked(blocks, x, context, turn):
   for index, block in enumerate(blocks):
     x, block_stats, state = block(x, context_of(jnp.int32(index), context), turn)
     context = dataclasses.replace(context, state=state)
-    stats += [block_stats] if block_stats is not None else []
+    stats += block_stats
   return x, jax.tree.map(lambda *a: jnp.stack(a), *stats)
 
 
