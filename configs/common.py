@@ -81,6 +81,8 @@ def get_config() -> ConfigDict:
   config.model.moe.kind = 'experts'  # experts, residual, multi_head, cartesian, peer, deep, nested
   config.model.moe.options = ConfigDict()  # of this kind: {'heads': 4}, {'widths': (1, 2, 3, 4)}
   config.model.moe.num_experts = 8
+  # of each mixture from the first on, none less than the one below, '4,4,8,8'; '': all have num_experts
+  config.model.moe.pyramid = ''
   config.model.moe.d_ff = 0  # hidden width of an expert at granularity 1; 0: model.d_ff
   # so many times as many experts, and as many active, each moe.d_ff / granularity wide
   config.model.moe.granularity = 1

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -182,6 +183,11 @@ def check_routing(settings: Settings) -> None:
     facts = router_facts(settings.model)
   except (ValueError, TypeError) as error:
     raise BadInput(f'model.moe: {error}') from error
+  if moe.pyramid and (moe.router['name'] in SHARED or facts.flags.has_state or moe.momentum):
+    raise BadInput(
+      f'model.moe.pyramid={moe.pyramid} with router {moe.router["name"]!r}: accepted are routers without a state over '
+      'depth, and no momentum'
+    )
   if settings.optim.bias_rate and not facts.has_bias:
     raise BadInput(
       f'optim.bias_rate={settings.optim.bias_rate} with router {moe.router["name"]!r} without a bias to move: '
@@ -258,26 +264,48 @@ def router_facts(model: ModelSettings) -> RouterFacts:
   Raises:
     ValueError: an unknown kind, router or option, or one out of its range.
   """
-  layers: list[Any] = []
+  layers: dict[int, Any] = {}
 
   def make(key: jax.Array) -> None:
-    layers.append(_layer(model, rngs=nnx.Rngs(key)))
+    for count in set(model.moe_experts):
+      layers[count] = _layer(model, count, rngs=nnx.Rngs(key))
 
   jax.eval_shape(make, jax.random.key(0))
-  layer = layers[0]
+  layer = layers[model.moe.num_experts]
   router = getattr(layer, 'router', None)
   has_bias = router is not None and router.bias is not None
-  asked = (layer.rows_per_token, layer.active_share, layer.flops_per_token)
-  return RouterFacts(layer.flags, has_bias, *asked)
+  asked = ('rows_per_token', 'active_share', 'flops_per_token')
+  if len(layers) == 1:
+    return RouterFacts(layer.flags, has_bias, *(getattr(layer, name) for name in asked))
+  return RouterFacts(layer.flags, has_bias, *_means([layers[count] for count in model.moe_experts]))
 
 
-def _layer(model: ModelSettings, *, rngs: nnx.Rngs, **options: Any) -> Any:
+def _means(layers: list[Any]) -> tuple[Callable[[int], Any], ...]:
+  """Rows, active share and FLOPs of a token, means over the layers of a pyramid; of shares over experts."""
+  count = len(layers)
+
+  def rows(length: int) -> float:
+    return sum(layer.rows_per_token(length) for layer in layers) / count
+
+  def share(length: int) -> float:
+    experts = [layer.num_experts for layer in layers]
+    active = [layer.active_share(length) for layer in layers]
+    return sum(map(operator.mul, active, experts)) / sum(experts)
+
+  def flops(length: int) -> dict[str, int | float]:
+    found = [layer.flops_per_token(length) for layer in layers]
+    return {part: sum(one[part] for one in found) / count for part in found[0]}
+
+  return rows, share, flops
+
+
+def _layer(model: ModelSettings, num_experts: int, *, rngs: nnx.Rngs, **options: Any) -> Any:
   moe = model.moe
   return make_layer(
     moe.kind,
     model.d_model,
     moe.d_ff,
-    moe.num_experts,
+    num_experts,
     moe.router,
     options=moe.options,
     granularity=moe.granularity,
@@ -384,7 +412,17 @@ def _moe_maker(settings: Settings, mesh: Mesh, dtype):
   model, moe = settings.model, settings.model.moe
   exchange = make_exchange(settings, mesh)
   dispatch = DISPATCHES[moe.dispatch]
-  return lambda rngs: _layer(model, dispatch=dispatch, exchange=exchange, dtype=dtype, rngs=rngs)
+  options = {'dispatch': dispatch, 'exchange': exchange, 'dtype': dtype}
+  makers = {
+    count: functools.partial(_make_mixture, model, count, options) for count in model.moe_experts
+  }
+  if len(makers) == 1:
+    return makers[model.moe.num_experts]
+  return tuple(makers[count] for count in model.moe_experts)
+
+
+def _make_mixture(model: ModelSettings, num_experts: int, options: dict[str, Any], rngs: nnx.Rngs):
+  return _layer(model, num_experts, **options, rngs=rngs)
 
 
 def _shared_maker(model: ModelSettings) -> Callable[[nnx.Rngs], nnx.Module] | None:

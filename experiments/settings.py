@@ -33,6 +33,11 @@ _layers = Rule(
   ),
 )
 
+_pyramid = Rule(
+  "'' or numbers of experts such as '4,4,8'",
+  lambda value: re.fullmatch(r'([1-9]\d*(,[1-9]\d*)*)?', value) is not None,
+)
+
 # objectives that a model of this kind can be trained on
 _OBJECTIVES = {'decoder': ('causal',), 'encoder': ('masked',), 'vit': ('classify',)}
 
@@ -58,6 +63,7 @@ class MoESettings:
   kind: Literal['experts', 'residual', 'multi_head', 'cartesian', 'peer', 'deep', 'nested']
   options: dict[str, Any]  # of this kind
   num_experts: Annotated[int, _at_least_1]
+  pyramid: Annotated[str, _pyramid]
   d_ff: Annotated[int, _not_negative]  # resolved: never 0 after from_config
   granularity: Annotated[int, _at_least_1]
   num_shared: Annotated[int, _not_negative]
@@ -126,6 +132,13 @@ class ModelSettings:
   def moe_layers(self) -> tuple[int, ...]:
     """Indices of the layers that are mixtures of experts, ascending."""
     return moe_layers(self.moe.layers, self.num_layers)
+
+  @property
+  def moe_experts(self) -> tuple[int, ...]:
+    """`moe.num_experts` of each mixture, from the first on: the same of all but in a pyramid."""
+    if not self.moe.pyramid:
+      return (self.moe.num_experts,) * len(self.moe_layers)
+    return tuple(int(count) for count in self.moe.pyramid.split(','))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +259,21 @@ def _check_model(model: ModelSettings) -> None:
   else:
     _divides('model.d_ff', model.d_ff, 'model.moe.granularity', moe.granularity)
   _check_router(moe)
+  if moe.pyramid:
+    _check_pyramid(model)
+
+
+def _check_pyramid(model: ModelSettings) -> None:
+  moe, counts = model.moe, model.moe_experts
+  if len(counts) != len(model.moe_layers) or list(counts) != sorted(counts):
+    text = (
+      f'{len(model.moe_layers)} numbers, one a mixture, of which none is less than the one before'
+    )
+    raise refuse('model.moe.pyramid', moe.pyramid, text)
+  if counts[-1] != moe.num_experts:
+    raise refuse(
+      'model.moe.num_experts', moe.num_experts, f'the last of model.moe.pyramid={moe.pyramid}'
+    )
 
 
 def _check_attention(model: ModelSettings) -> None:
@@ -296,9 +324,10 @@ def _check_together(settings: Settings) -> None:
       f'only one mesh axis can be -1, the devices that are left, and here {", ".join(axes)} are'
     )
   moe, shards = settings.model.moe, settings.mesh.expert
-  experts = moe.num_experts * moe.granularity
-  if moe.layers != 'none' and shards > 1 and experts % shards:
-    raise BadInput(f'num_experts={experts} does not divide over mesh axis expert={shards}')
+  for count in sorted(set(settings.model.moe_experts)):
+    if shards > 1 and count * moe.granularity % shards:
+      experts = count * moe.granularity
+      raise BadInput(f'num_experts={experts} does not divide over mesh axis expert={shards}')
 
 
 def _divides(key: str, value: int, divisor_key: str, divisor: int) -> None:

@@ -109,6 +109,8 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
     raise BadInput(
       f"model.attention={model.attention!r} is not planned for: accepted are 'grouped' and 'latent'"
     )
+  if model.moe.pyramid:
+    raise BadInput(f"model.moe.pyramid={model.moe.pyramid} is not planned for: accepted is ''")
   stream = data_shape(settings)
   found = tensors(settings)
   latent = latent_of(model)

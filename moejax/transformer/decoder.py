@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,6 +19,8 @@ from moejax.transformer.linear import Embed, Linear, RMSNorm, residual_init
 from moejax.transformer.rotary import rotation
 from moejax.transformer.stack import Stack
 
+MakeMixture = Callable[[nnx.Rngs], nnx.Module]
+
 
 class Decoder(nnx.Module):
   """Pre-norm transformer with RMSNorm, rotary positions and (gated) feed-forward layers, some of them mixtures.
@@ -32,7 +34,9 @@ class Decoder(nnx.Module):
     heads: makes the attention of one block, in place of either, such as moejax/moe/attention_experts.py.
     rope_theta: base of the rotary frequencies.
     tie_embeddings: the output layer is the transposed embedding table.
-    moe: makes one mixture, `y, aux = layer(x, context)`; the layers named in `moe_layers` hold one each.
+    moe: makes one mixture, `y, aux = layer(x, context)`; the layers named in `moe_layers` hold one each. Or several
+      such functions, one for each of these layers from the first on: runs of layers of one function are one loop
+      (pyramids, PR-MoE, Rajbhandari et al. 2022, whose later layers have more experts).
     moe_shared: makes what their routers share, see `Stack`; None for nothing.
     causal: False lets every position attend to every other (Encoder).
     remat: what the backward pass computes again, a key of stack.REMAT.
@@ -66,7 +70,7 @@ class Decoder(nnx.Module):
     tie_embeddings: bool = True,
     activation: str = 'silu',
     gated: bool = True,
-    moe: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    moe: MakeMixture | Sequence[MakeMixture] | None = None,
     moe_layers: tuple[int, ...] = (),
     moe_shared: Callable[[nnx.Rngs], nnx.Module] | None = None,
     causal: bool = True,
@@ -109,13 +113,14 @@ class Decoder(nnx.Module):
           implementation=attention,
           **options,
         )
-      if kind == 'moe':
-        return Block(d_model, attention=attention_layer, moe=moe(rngs), dtype=dtype, rngs=rngs)
+      if kind in mixtures:
+        mixture = mixtures[kind](rngs)
+        return Block(d_model, attention=attention_layer, moe=mixture, dtype=dtype, rngs=rngs)
       ffn = FFN(d_model, d_ff, activation=activation, gated=gated, **options)
       return Block(d_model, attention=attention_layer, ffn=ffn, dtype=dtype, rngs=rngs)
 
     self.embed = Embed(vocab_size, d_model, dtype=dtype, rngs=rngs)
-    kinds = layer_kinds(num_layers, moe, moe_layers)
+    kinds, mixtures = layer_kinds(num_layers, moe, moe_layers)
     self.stack = Stack.create(
       make_block, kinds, remat=remat, unroll=unroll, make_shared=moe_shared, rngs=rngs
     )
@@ -212,12 +217,24 @@ def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
   return head_dim or d_model // num_heads
 
 
-def layer_kinds(num_layers: int, moe, moe_layers: tuple[int, ...]) -> list[str]:
-  """'moe' for the layers in `moe_layers`, 'dense' for the others."""
+def layer_kinds(
+  num_layers: int,
+  moe: MakeMixture | Sequence[MakeMixture] | None,
+  moe_layers: tuple[int, ...],
+) -> tuple[list[str], dict[str, MakeMixture]]:
+  """The kind of every layer, 'dense' of those that are not in `moe_layers`, and what makes the mixture of a kind."""
   if moe_layers and moe is None:
     raise ValueError(f'moe_layers={moe_layers} but moe=None: give a function that makes the layer')
   chosen = check_layers(tuple(moe_layers), num_layers)
-  return ['moe' if layer in chosen else 'dense' for layer in range(num_layers)]
+  makers = [moe] * len(chosen) if moe is None or callable(moe) else list(moe)
+  if len(makers) != len(chosen):
+    raise ValueError(
+      f'{len(makers)} functions moe for moe_layers={moe_layers}: one, or one for each'
+    )
+  names = {make: f'moe {index}' for index, make in enumerate(dict.fromkeys(makers))}
+  of_layer = dict(zip(chosen, makers, strict=True))
+  kinds = [names[of_layer[i]] if i in of_layer else 'dense' for i in range(num_layers)]
+  return kinds, {name: make for make, name in names.items()}
 
 
 def check_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

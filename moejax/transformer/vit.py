@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context, ModelStats
 from moejax.transformer.attention import Attention
 from moejax.transformer.block import Block
-from moejax.transformer.decoder import head_width, layer_kinds
+from moejax.transformer.decoder import MakeMixture, head_width, layer_kinds
 from moejax.transformer.ffn import FFN
 from moejax.transformer.linear import (
   LayerNorm,
@@ -55,7 +55,7 @@ class ViT(nnx.Module):
     qk_norm: bool = False,
     activation: str = 'gelu',
     positions: str = 'learned',
-    moe: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    moe: MakeMixture | Sequence[MakeMixture] | None = None,
     moe_layers: tuple[int, ...] = (),
     moe_shared: Callable[[nnx.Rngs], nnx.Module] | None = None,
     remat: str = 'none',
@@ -77,8 +77,8 @@ class ViT(nnx.Module):
         *sizes, causal=False, qk_norm=qk_norm, implementation=attention, **options
       )
       block = dict(attention=attention_layer, norm=LayerNorm, dtype=dtype, rngs=rngs)
-      if kind == 'moe':
-        return Block(d_model, moe=moe(rngs), **block)
+      if kind in mixtures:
+        return Block(d_model, moe=mixtures[kind](rngs), **block)
       ffn = FFN(d_model, d_ff, activation=activation, gated=False, **options)
       return Block(d_model, ffn=ffn, **block)
 
@@ -87,7 +87,7 @@ class ViT(nnx.Module):
     self.embed = Linear(patch_width, d_model, **options)
     learned = positions == 'learned'
     self.positions = position_table(height * width, d_model, dtype, rngs) if learned else None
-    kinds = layer_kinds(num_layers, moe, moe_layers)
+    kinds, mixtures = layer_kinds(num_layers, moe, moe_layers)
     self.stack = Stack.create(
       make_block, kinds, remat=remat, unroll=unroll, make_shared=moe_shared, rngs=rngs
     )
