@@ -76,6 +76,12 @@ def get_config() -> ConfigDict:
   config.model.unroll = 1  # repeats of the layer scan in one iteration: faster, compiles longer
   config.model.remat = 'none'  # recompute in the backward pass: none, full, dots
 
+  # blocks that tokens may skip (Mixture of Depths): layers as of moe.layers; fraction that does not skip; who decides
+  # outside of training (predictor, router); coefficient of the loss that teaches it
+  config.model.depth = ConfigDict(
+    {'layers': 'none', 'capacity': 0.125, 'decide': 'predictor', 'loss': 0.01}
+  )
+
   config.model.moe = ConfigDict()
   config.model.moe.layers = 'all'  # none, all, every_2, last_half, last_2, or indices: 4,5
   config.model.moe.kind = 'experts'  # experts, residual, multi_head, cartesian, peer, deep, nested

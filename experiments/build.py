@@ -31,7 +31,7 @@ from moejax.moe.kinds import make_layer
 from moejax.moe.losses import check_losses
 from moejax.routers import SHARED, Flags, make_shared
 from moejax.scaling.ours import latent_of
-from moejax.transformer import Decoder, Encoder, ViT
+from moejax.transformer import Decoder, Depth, Encoder, ViT
 from moejax.transformer.flops import (
   forward_flops_per_image,
   forward_flops_per_token,
@@ -106,7 +106,10 @@ def build_program(settings: Settings, stream: Stream) -> Program:
       mesh,
       microbatches=settings.microbatches,
       losses=settings.model.moe.losses,
-      other_losses={'attention': settings.model.heads.losses},
+      other_losses={
+        'attention': settings.model.heads.losses,
+        'depth': {'guidance': settings.model.depth.loss},
+      },
       bias_rate=settings.optim.bias_rate,
       average_rate=settings.optim.average_rate,
       consistency=settings.optim.consistency,
@@ -175,6 +178,7 @@ def check_routing(settings: Settings) -> None:
       later tokens in a causal model.
   """
   check_heads(settings)
+  _check_depth(settings)
   if not settings.model.moe_layers:
     return
   moe = settings.model.moe
@@ -210,6 +214,26 @@ def check_routing(settings: Settings) -> None:
     raise BadInput(
       f"model.moe.router={moe.router} lets a token see later ones, so a model of kind 'decoder' would train on what "
       f'it has to predict: accepted are {safe}, or allow_leak=True'
+    )
+
+
+def _check_depth(settings: Settings) -> None:
+  """Refuses blocks that tokens skip where the choice would look ahead, or lose a state."""
+  model = settings.model
+  if not model.depth_layers:
+    return
+  if model.kind == 'decoder' and not settings.allow_leak:
+    raise BadInput(
+      f'model.depth.layers={model.depth.layers!r} lets later tokens decide in training who skips a block: '
+      "accepted are 'none', model.kind='encoder', or allow_leak=True"
+    )
+  moe = model.moe
+  if model.moe_layers and (
+    moe.router.get('name') in SHARED or moe.momentum or router_facts(model).flags.has_state
+  ):
+    raise BadInput(
+      f'model.depth.layers={model.depth.layers!r} with router {moe.router["name"]!r}: accepted are routers without a '
+      'state over depth, and no momentum'
     )
 
 
@@ -381,6 +405,7 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     'qk_norm_scope': model.qk_norm_scope,
     'latent': latent_of(model),
     'heads': heads_maker(model, dtype),
+    'depth': depth_of(model),
     'rope_theta': model.rope_theta,
     'head_dim': model.head_dim,
     'tie_embeddings': model.tie_embeddings,
@@ -404,6 +429,13 @@ def vocab_size(settings: Settings, stream: Stream) -> int:
       f'{settings.data.tokenizer!r}: accepted are 0, as many as these, or more'
     )
   return rows or stream.vocab_size
+
+
+def depth_of(model: ModelSettings) -> Depth | None:
+  """Which blocks tokens may skip, and how; None where they skip none."""
+  if not model.depth_layers:
+    return None
+  return Depth(model.depth_layers, model.depth.capacity, model.depth.decide)
 
 
 def _moe_maker(settings: Settings, mesh: Mesh, dtype):
@@ -461,22 +493,33 @@ def training_flops(settings: Settings, stream: Stream) -> float:
       **sizes,
     )
     return 3 * settings.batch_size * sum(parts.values())
-  parts = forward_flops_per_token(
-    vocab_size=vocab_size(settings, stream),
-    seq_len=settings.data.sequence_length,
-    num_kv_heads=model.num_kv_heads,
-    head_dim=model.head_dim,
-    gated=model.gated,
-    latent=latent_of(model),
-    heads=_head_flops(settings),
-    **sizes,
-  )
-  return 3 * settings.batch_size * settings.data.sequence_length * sum(parts.values())
+  length, skipped = settings.data.sequence_length, set(model.depth_layers)
+  heads = head_facts(model)
 
+  def flops(tokens: int, layers: set[int], rows: int) -> float:
+    """Of so many tokens of a sequence in these layers, and the head with so many rows."""
+    own = {
+      'num_layers': len(layers),
+      'num_moe_layers': len(layers.intersection(model.moe_layers)),
+      'heads': None if heads is None else heads.flops(tokens),
+    }
+    parts = forward_flops_per_token(
+      vocab_size=rows,
+      seq_len=tokens,
+      num_kv_heads=model.num_kv_heads,
+      head_dim=model.head_dim,
+      gated=model.gated,
+      latent=latent_of(model),
+      **(sizes | own),
+    )
+    return tokens * sum(parts.values())
 
-def _head_flops(settings: Settings) -> dict[str, int | float] | None:
-  facts = head_facts(settings.model)
-  return None if facts is None else facts.flops(settings.data.sequence_length)
+  total = flops(length, set(range(model.num_layers)) - skipped, vocab_size(settings, stream))
+  if skipped:
+    depth = Depth(model.depth_layers, model.depth.capacity, model.depth.decide)
+    total += flops(math.ceil(model.depth.capacity * length - 1e-9), skipped, 0)
+    total += length * len(skipped) * depth.flops_per_token(model.d_model)
+  return 3 * settings.batch_size * total
 
 
 def _moe_flops(settings: Settings, stream: Stream) -> dict[str, int | float]:

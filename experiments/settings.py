@@ -19,6 +19,7 @@ _at_least_2 = Rule('at least 2', lambda value: value >= 2)
 _not_negative = Rule('0 or more', lambda value: value >= 0)
 _positive = Rule('more than 0', lambda value: value > 0)
 _fraction = Rule('between 0 and 1', lambda value: 0 <= value <= 1)
+_share = Rule('more than 0 and at most 1', lambda value: 0 < value <= 1)
 _below_one = Rule('at least 0 and less than 1', lambda value: 0 <= value < 1)
 _seed = Rule('between 0 and 4294967295', lambda value: 0 <= value < 2**32)
 _step_count = Rule('between 1 and 2147483647', lambda value: 1 <= value < 2**31)
@@ -104,6 +105,14 @@ class HeadSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class DepthSettings:
+  layers: Annotated[str, _layers]
+  capacity: Annotated[float, _share]
+  decide: Literal['predictor', 'router']
+  loss: Annotated[float, _not_negative]
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSettings:
   kind: Literal['decoder', 'encoder', 'vit']
   d_model: Annotated[int, _at_least_1]
@@ -126,12 +135,18 @@ class ModelSettings:
   dtype: Literal['auto', 'float32', 'bfloat16']
   unroll: Annotated[int, _at_least_1]
   remat: Literal['none', 'full', 'dots']
+  depth: DepthSettings
   moe: MoESettings
 
   @property
   def moe_layers(self) -> tuple[int, ...]:
     """Indices of the layers that are mixtures of experts, ascending."""
     return moe_layers(self.moe.layers, self.num_layers)
+
+  @property
+  def depth_layers(self) -> tuple[int, ...]:
+    """Indices of the layers that tokens may skip, ascending."""
+    return moe_layers(self.depth.layers, self.num_layers)
 
   @property
   def moe_experts(self) -> tuple[int, ...]:
@@ -244,16 +259,15 @@ def _check_model(model: ModelSettings) -> None:
     _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
   if model.attention != 'grouped':
     _check_attention(model)
-  moe, layers = model.moe, model.moe_layers
+  moe = model.moe
+  if model.depth.layers != 'none':
+    _check_layers('model.depth.layers', model.depth.layers, model.depth_layers, model.num_layers)
+    if model.kind == 'vit' or moe.pyramid:
+      accepted = "'none' for model.kind='vit' and for pyramids"
+      raise refuse('model.depth.layers', model.depth.layers, accepted)
   if moe.layers == 'none':
     return
-  if (
-    not layers
-    or not 0 <= layers[0] <= layers[-1] < model.num_layers
-    or len(set(layers)) < len(layers)
-  ):
-    text = f'distinct layers of the {model.num_layers} there are (model.num_layers)'
-    raise refuse('model.moe.layers', moe.layers, text)
+  _check_layers('model.moe.layers', moe.layers, model.moe_layers, model.num_layers)
   if moe.d_ff:
     _divides('model.moe.d_ff', moe.d_ff, 'model.moe.granularity', moe.granularity)
   else:
@@ -261,6 +275,13 @@ def _check_model(model: ModelSettings) -> None:
   _check_router(moe)
   if moe.pyramid:
     _check_pyramid(model)
+
+
+def _check_layers(key: str, pattern: str, layers: tuple[int, ...], num_layers: int) -> None:
+  within = layers and 0 <= layers[0] <= layers[-1] < num_layers
+  if not within or len(set(layers)) < len(layers):
+    text = f'distinct layers of the {num_layers} there are (model.num_layers)'
+    raise refuse(key, pattern, text)
 
 
 def _check_pyramid(model: ModelSettings) -> None:

@@ -152,7 +152,7 @@ class RoutingStats:
     cost_e: `[E]`, tokens times the relative cost of the expert; None: all cost the same.
     guidance: scalar, sum of `Scores.guidance`; None where there is none.
     clusters: as in `Scores`.
-    part: which layer of a block these are of: 'moe', or 'attention' whose heads are experts.
+    part: what these are of: 'moe', 'attention' whose heads are experts, or 'depth', which tokens a block works on.
 
   E counts all experts that the router knows.
   """

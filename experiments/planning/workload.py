@@ -109,6 +109,10 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
     raise BadInput(
       f"model.attention={model.attention!r} is not planned for: accepted are 'grouped' and 'latent'"
     )
+  if model.depth_layers:
+    raise BadInput(
+      f"model.depth.layers={model.depth.layers} is not planned for: accepted is 'none'"
+    )
   if model.moe.pyramid:
     raise BadInput(f"model.moe.pyramid={model.moe.pyramid} is not planned for: accepted is ''")
   stream = data_shape(settings)

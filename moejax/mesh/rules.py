@@ -37,6 +37,7 @@ RULES: tuple[Rule, ...] = (
   (r'moe/(gate_kernel|gate_offset|alpha)', ()),
   # routers are small, and float32 on every device
   (r'(moe/([a-z]+/)?|attention/)router/scorer/(\w+/)*\w+', ()),
+  (r'blocks/\d+/router/(score|hidden|out)/(weight|bias)', ()),
   (r'stack/shared/(enter/weight|kernel|into|over|offset|over_offset)', ()),
   (r'moe/([a-z]+/)?router/bias', ()),
   # the rest of a block: width of the model over `fsdp`, heads and hidden width over `tensor`

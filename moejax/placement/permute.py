@@ -11,6 +11,7 @@ from moejax.placement.affinity import Placement
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.scorers import LinearScorer
 from moejax.routers.top_k import TopKAssign
+from moejax.transformer.depth import SkippedBlock
 from moejax.transformer.stack import Stack
 
 
@@ -33,7 +34,8 @@ def permute_experts(stack: Stack, order: np.ndarray) -> Stack:
   stack = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
   first = 0
   for segment in stack.segments:
-    mixtures = [block.moe for block in segment.blocks if block.moe is not None]
+    blocks = [b.block if isinstance(b, SkippedBlock) else b for b in segment.blocks]
+    mixtures = [block.moe for block in blocks if block.moe is not None]
     for index, layer in enumerate(mixtures):
       if not isinstance(layer, MoE):
         raise ValueError(f'experts of {type(layer).__name__} cannot change places: accepted is MoE')

@@ -5,6 +5,8 @@ from moejax.transformer.attention import visibility as visibility
 from moejax.transformer.block import Block as Block
 from moejax.transformer.decoder import Decoder as Decoder
 from moejax.transformer.decoder import Encoder as Encoder
+from moejax.transformer.depth import Depth as Depth
+from moejax.transformer.depth import SkippedBlock as SkippedBlock
 from moejax.transformer.ffn import FFN as FFN
 from moejax.transformer.flops import count_params as count_params
 from moejax.transformer.flops import forward_flops_per_image as forward_flops_per_image

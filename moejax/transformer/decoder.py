@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.arrays import Context, ModelStats
 from moejax.transformer.attention import Attention, Visible, visibility
 from moejax.transformer.block import Block
+from moejax.transformer.depth import Depth, SkippedBlock
 from moejax.transformer.ffn import FFN
 from moejax.transformer.latent_attention import Latent, LatentAttention
 from moejax.transformer.linear import Embed, Linear, RMSNorm, residual_init
@@ -20,6 +21,8 @@ from moejax.transformer.rotary import rotation
 from moejax.transformer.stack import Stack
 
 MakeMixture = Callable[[nnx.Rngs], nnx.Module]
+SKIPPED = ', skipped'
+"""End of the kind of a layer that tokens may skip."""
 
 
 class Decoder(nnx.Module):
@@ -37,6 +40,7 @@ class Decoder(nnx.Module):
     moe: makes one mixture, `y, aux = layer(x, context)`; the layers named in `moe_layers` hold one each. Or several
       such functions, one for each of these layers from the first on: runs of layers of one function are one loop
       (pyramids, PR-MoE, Rajbhandari et al. 2022, whose later layers have more experts).
+    depth: which blocks tokens may skip (Mixture of Depths); None for none.
     moe_shared: makes what their routers share, see `Stack`; None for nothing.
     causal: False lets every position attend to every other (Encoder).
     remat: what the backward pass computes again, a key of stack.REMAT.
@@ -73,6 +77,7 @@ class Decoder(nnx.Module):
     moe: MakeMixture | Sequence[MakeMixture] | None = None,
     moe_layers: tuple[int, ...] = (),
     moe_shared: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    depth: Depth | None = None,
     causal: bool = True,
     remat: str = 'none',
     unroll: int = 1,
@@ -95,6 +100,12 @@ class Decoder(nnx.Module):
       )
 
     def make_block(kind, rngs):
+      block = make_whole(kind.removesuffix(SKIPPED), rngs)
+      if not kind.endswith(SKIPPED):
+        return block
+      return SkippedBlock(d_model, block, depth, causal=causal, rngs=rngs)
+
+    def make_whole(kind, rngs):
       options = dict(out_init=out_init, dtype=dtype, rngs=rngs)
       attention_layer: nnx.Module
       if heads:
@@ -121,6 +132,8 @@ class Decoder(nnx.Module):
 
     self.embed = Embed(vocab_size, d_model, dtype=dtype, rngs=rngs)
     kinds, mixtures = layer_kinds(num_layers, moe, moe_layers)
+    for layer in check_layers(depth.layers if depth else (), num_layers):
+      kinds[layer] += SKIPPED
     self.stack = Stack.create(
       make_block, kinds, remat=remat, unroll=unroll, make_shared=moe_shared, rngs=rngs
     )

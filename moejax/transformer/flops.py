@@ -138,6 +138,9 @@ def _part(names: list[str]) -> str:
   if names[1] == 'shared':  # what a stack keeps for the routers of all layers
     return 'moe/router'
   inside = names[names.index('blocks') + 2 :]  # stack/segments/0/blocks/1/<inside>
+  if inside[0] == 'router':  # of which tokens skip the block
+    return 'depth/router'
+  inside = inside[1:] if inside[0] == 'block' else inside
   if inside[0] == 'moe':
     return _mixture_part(inside[1:])
   if inside[0] == 'attention' and inside[1].startswith('w_'):

@@ -19,6 +19,9 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context, ModelStats, RoutingStats
 from moejax.transformer.attention import Visible
 from moejax.transformer.block import Block
+from moejax.transformer.depth import SkippedBlock
+
+AnyBlock = Block | SkippedBlock
 
 # What the backward pass finds stored of each block. 'none': everything. 'full': the block's input, the rest
 # is computed again. 'dots': also results of matrix products with weights.
@@ -58,7 +61,7 @@ class Segment(nnx.Module):
   only read: what a layer assigns to them in its call is lost.
   """
 
-  def __init__(self, blocks: Sequence[Block], first: int, repeats: int, remat: str, unroll: int):
+  def __init__(self, blocks: Sequence[AnyBlock], first: int, repeats: int, remat: str, unroll: int):
     self.blocks = nnx.List(blocks)  # variables already stacked
     self.first = first  # the number of its first layer
     self.repeats = repeats
@@ -115,7 +118,7 @@ class Stack(nnx.Module):
   @classmethod
   def create(
     cls,
-    make_block: Callable[[str, nnx.Rngs], Block],
+    make_block: Callable[[str, nnx.Rngs], AnyBlock],
     kinds: Sequence[str],
     *,
     remat: str = 'none',
@@ -147,7 +150,7 @@ class Stack(nnx.Module):
   @classmethod
   def of(
     cls,
-    blocks: Sequence[Block],
+    blocks: Sequence[AnyBlock],
     *,
     remat: str = 'none',
     unroll: int = 1,
@@ -211,7 +214,7 @@ class Stack(nnx.Module):
             )
     return dataclasses.replace(context, state=state | (context.state or {}))
 
-  def unstack(self) -> list[Block]:
+  def unstack(self) -> list[AnyBlock]:
     """Every layer as a block of its own, with copies of its variables."""
     blocks = []
     for segment in self.segments:

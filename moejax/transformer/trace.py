@@ -6,6 +6,7 @@ import dataclasses
 
 from moejax.arrays import Assignment, SoftPlan
 from moejax.moe.layer import MoE
+from moejax.transformer.block import Block
 from moejax.transformer.decoder import Decoder
 from moejax.transformer.stack import context_of
 
@@ -13,7 +14,8 @@ from moejax.transformer.stack import context_of
 def routing_trace(model: Decoder, tokens, **inputs) -> list[Assignment | SoftPlan]:
   """What the router of every mixture decides, in layer order.
 
-  Layers run one by one, so that this is slower than the model itself; for studies of routing.
+  Layers run one by one, so that this is slower than the model itself; for studies of routing. Mixtures inside of
+  blocks that tokens skip are left out.
 
   Args:
     model: a decoder or encoder.
@@ -25,7 +27,7 @@ def routing_trace(model: Decoder, tokens, **inputs) -> list[Assignment | SoftPla
   context = model.stack.prepare(x, context, visible)
   for layer, block in enumerate(model.stack.unstack()):
     own = context_of(layer, context)
-    if isinstance(block.moe, MoE):
+    if isinstance(block, Block) and isinstance(block.moe, MoE):
       h = block.ffn_norm(block.attend(x, own, turn, visible)[0])
       found.append(block.moe.router(h, own))
     x, _, state = block(x, own, turn, visible)

@@ -46,7 +46,7 @@ CASES = {
 }
 
 
-def settings_of(allow_leak=False, **moe):
+def settings_config(allow_leak=False, **moe):
   config = common.get_config()
   config.allow_leak = allow_leak
   config.batch_size, config.data.sequence_length = 2, 6
@@ -55,7 +55,11 @@ def settings_of(allow_leak=False, **moe):
   config.model.moe.layers = 'every_2'
   for key, value in moe.items():
     config.model.moe[key] = value
-  return Settings.from_config(config)
+  return config
+
+
+def settings_of(**moe):
+  return Settings.from_config(settings_config(**moe))
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -105,3 +109,26 @@ def test_nested_experts_of_a_causal_model_are_refused():
 def test_an_option_that_a_kind_does_not_have_is_refused():
   with pytest.raises(BadInput, match="model.moe: option 'heads' of kind 'deep': accepted are gate"):
     check_routing(settings_of(kind='deep', options={'heads': 2}))
+
+
+def test_a_model_whose_tokens_skip_blocks_is_counted_and_takes_a_step():
+  """Every other of four layers, a third of six tokens: two; its router and predictor beside."""
+  config = settings_config(layers='none')
+  config.model.depth.update({'layers': 'every_2', 'capacity': 1 / 3})
+  with pytest.raises(BadInput, match='lets later tokens decide in training who skips a block'):
+    check_routing(Settings.from_config(config))
+  config.allow_leak = True
+  settings = Settings.from_config(config)
+  check_routing(settings)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  definition = ModelDef(model_maker(settings, STREAM, mesh))
+  params = jax.eval_shape(definition.init, jax.random.key(0))[0]
+  assert param_shardings(mesh, params)
+  counts = count_params(params)
+  assert counts['depth/router'] == 2 * (8 + (8 * 8 + 8) + (8 + 1))
+  assert counts['attention'] == 4 * (4 * 8 * 8 + 2 * 4)
+  weights = 2 * (4 * 8 * 8 + 3 * 8 * 24)
+  scores = lambda length: 2 * length * 2 * 2 * 4
+  whole, skipped = 6 * 2 * (weights + scores(6)), 2 * 2 * (weights + scores(2))
+  around = 6 * (2 * 8 * 16 + 2 * (2 * 8 + 2 * 9 * 8))
+  assert training_flops(settings, STREAM) == 3 * 2 * (whole + skipped + around)
