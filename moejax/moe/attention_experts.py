@@ -76,6 +76,10 @@ class AttentionExperts(nnx.Module):
     options = dict(usual if router is None else router)
     name = options.pop('name')
     self.router = make_router(name, d_model=d_model, num_experts=num_experts, rngs=rngs, **options)
+    if self.router.feedback is not None:
+      raise ValueError(
+        f'attention experts with router {name!r} that learns of errors: accepted are others'
+      )
     self.key = Linear(d_model, head_dim, dtype=dtype, rngs=rngs)
     self.value = Linear(d_model, head_dim, dtype=dtype, rngs=rngs)
 

@@ -178,6 +178,8 @@ class MoE(nnx.Module):
       y_bsd, lost = self._mix(x_bsd, plan), jnp.zeros((), scores.probs.dtype)
     else:
       y_bsd, plan, lost = self._send(x_bsd, plan, scores.probs.dtype)
+      if self.router.feedback is not None:
+        y_bsd, scores = self.router.feedback(y_bsd, scores, plan, context)
     if self.shared is not None:
       y_bsd = self._add_shared(x_bsd, y_bsd)
     if self.output_norm is not None:

@@ -144,7 +144,8 @@ def importance_square(stats: RoutingStats) -> Float[Array, '']:
 def guidance(stats: RoutingStats) -> Float[Array, '']:
   """Mean cross-entropy of the router's probabilities with what it is told: super-class guidance of Mobile V-MoEs.
 
-  Daxberger et al. 2023, equation 2; of the router `image` with `context.task`, zero without.
+  Daxberger et al. 2023, equation 2; of the router `image` with `context.task`, zero without. Of `spatial` with a
+  quantile it is the routing classification loss (Dryden & Hoefler 2022), whose value is 0 and whose gradient is not.
   """
   return jnp.zeros_like(stats.z) if stats.guidance is None else _mean(stats.guidance, stats)
 

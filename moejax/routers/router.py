@@ -59,6 +59,7 @@ class Flags:
 
 Affinity = Callable[[Array, Array | None, Array | None, Context], Scores]
 Assign = Callable[[Scores, Context], Assignment | SoftPlan]
+Feedback = Callable[[Array, Scores, Assignment, Context], tuple[Array, Scores]]
 
 
 class Router(nnx.Module):
@@ -76,6 +77,8 @@ class Router(nnx.Module):
     choices: mean number of experts that work on a token when nothing is dropped; None where that is not known, then
       it counts as all.
     slots: of soft methods, slots of all experts together.
+    feedback: `(y [B, S, D], scores, assignment, context) -> (y, scores)`, what the layer passes its experts' output
+      through, so that the router may learn from the gradient there (moejax/routers/classified.py); None for nothing.
   """
 
   def __init__(
@@ -89,6 +92,7 @@ class Router(nnx.Module):
     bias: bool = False,
     choices: int | float | None = None,
     slots: int = 0,
+    feedback: Feedback | None = None,
   ):
     self.scorer: Any = scorer
     self.affinity = affinity
@@ -98,6 +102,7 @@ class Router(nnx.Module):
     self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if bias else None
     self.choices = choices
     self.slots = slots
+    self.feedback = feedback
 
   def rows_per_token(self, sequence_length: int) -> float:
     """Mean number of rows (or slots) that experts work on for a token, before any drop."""

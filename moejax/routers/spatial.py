@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.arrays import Context
+from moejax.routers.classified import Classified
 from moejax.routers.router import Router
 from moejax.routers.top_k import token_choice
 
@@ -55,13 +56,16 @@ def spatial(
   k: int = 2,
   positions: int = 1024,
   weighting: str | None = None,
+  quantile: float | None = None,
+  damping: float = 0.0,
   **options,
 ) -> Router:
   """Top-k of a learnt table `[S, E]` that does not look at the tokens (section 3.1 of the paper).
 
   The initial values are uniform within sqrt(3 E / k). The paper adds up its experts, local convolutions, without
-  weights ('unweighted'), and teaches the table by which places have large errors (routing classification loss, with
-  damped errors of experts that were wrong). That loss is not here: by default the table learns through the weights.
+  weights ('unweighted'), and teaches the table by which places have large errors: `quantile=0.7` with
+  `weighting='unweighted'` and the loss `guidance` (see moejax/routers/classified.py). By default the table learns
+  through the weights.
 
   Args:
     d_model: unused.
@@ -69,13 +73,22 @@ def spatial(
     rngs: source of the table.
     k: experts of a place.
     positions: how many places there are, at least the patches of an image.
+    quantile: experts of a place are wrong where its error is above this quantile; None: nothing is learnt of errors.
+    damping: factor on the errors of these, 0 in the paper; only with a quantile.
     weighting, options: of `token_choice`.
 
   Raises:
-    ValueError: positions below 1, or as `token_choice`; when called, longer sequences.
+    ValueError: positions below 1, quantile or damping out of [0, 1], or as `token_choice`; when called, longer
+      sequences.
   """
   if positions < 1:
     raise ValueError(f'positions={positions}: accepted are integers from 1')
+  for name, value in (('quantile', quantile), ('damping', damping)):
+    if value is not None and not 0 <= value <= 1:
+      raise ValueError(f'{name}={value}: accepted are numbers from 0 to 1')
   bound = math.sqrt(3 * num_experts / max(k, 1))
   scorer = PlaceScorer(num_experts, positions, bound, rngs=rngs)
-  return token_choice(scorer, num_experts=num_experts, k=k, weighting=weighting, **options)
+  router = token_choice(scorer, num_experts=num_experts, k=k, weighting=weighting, **options)
+  if quantile is not None:
+    router.feedback = Classified(quantile, damping)
+  return router
