@@ -1,6 +1,7 @@
 """Routers that fit a causal language model, on bytes, at equal active and total parameters.
 
-Two experts of width 128 out of eight work on a token, or one of width 256 out of four where a router chooses one.
+Two experts of width 128 out of eight work on a token, or one of width 256 out of four where a router chooses one. More
+work where that is the method: in training all experts of ds_moe do, and of dense_to_sparse at first.
 
 Paper: of each router, see moejax/routers.
 Command: scripts/python -m experiments.compare --config configs/compare/lm_tiny.py
@@ -28,6 +29,26 @@ ARMS = (
   ({'name': 'locmoe'}, BALANCE, ONE),
   ({'name': 'hash'}, {}, ONE),
   ({'name': 'thor'}, {}, ONE),
+  ({'name': 'top_k', 'k': 1}, BALANCE, ONE),
+  ({'name': 'gshard', 'priority': 'token_major'}, BALANCE, {}),
+  ({'name': 'mask_moe', 'k': 2, 'vocab_size': 256}, BALANCE, {}),
+  ({'name': 'top_p', 'p': 0.4}, {'balance': 0.01, 'entropy': 1e-4}, {}),
+  ({'name': 'smoe_dropout', 'k_min': 1, 'k_max': 3, 'eval_k': 2}, {}, {}),
+  ({'name': 'ewa'}, {}, ONE | {'optim.average_rate': 0.3}),
+  ({'name': 'dense_to_sparse'}, BALANCE, ONE),
+  ({'name': 'ds_moe', 'eval_k': 2}, {'mutual_information': 6.3e-4}, {}),
+  ({'name': 'moec'}, {'balance': 0.01, 'cluster_variance': 0.01}, ONE),
+  ({'name': 'rmoe', 'k': 2, 'width': 64}, BALANCE, {}),
+  ({'name': 'gating_residual', 'k': 2}, BALANCE, {}),
+  ({'name': 'pre_gated', 'k': 2}, BALANCE, {}),
+  ({'name': 'read_me', 'k': 2}, BALANCE, {}),
+  ({'name': 'spatial', 'k': 2, 'positions': 64}, BALANCE, {}),
+  (
+    {'name': 'spatial', 'k': 2, 'positions': 64, 'weighting': 'unweighted', 'quantile': 0.7},
+    {'guidance': 0.01},
+    {},
+  ),
+  ({'name': 'mixture_of_tokens', 'group_size': 8, 'slots': 2}, {}, {}),
 )
 
 
