@@ -229,9 +229,10 @@ def test_ragged_all_to_all_is_the_hardware_operation_on_accelerators():
 
 
 def sent(name, options, sizes, router=None):
-  """(kind, axes) -> bytes that the exchange of one device sends in a layer's forward pass.
+  """What one device sends in a layer's (forward, backward) pass: two dicts (part, kind, axes) -> bytes, where the part
+  is 'exchange', or 'routing' for everything else.
 
-  Routing is apart: XLA:CPU does not partition `top_k` and gathers the logits, or with newer versions what they come of.
+  Both passes are of one compiled program, told apart by the operation that a collective was made from.
   """
   mesh = make_mesh(*sizes, devices=jax.devices())
   layer = make_layer(make_exchange(name, mesh, BATCH_AXES, options), router)
@@ -239,68 +240,105 @@ def sent(name, options, sizes, router=None):
   shardings = param_shardings(mesh, {'moe': nnx.to_pure_dict(state)})['moe']
   placed = jax.tree.map(jax.device_put, nnx.to_pure_dict(state), shardings)
   nnx.replace_by_pure_dict(state, placed)
-  run = jax.jit(
-    lambda state, x: nnx.merge(graph, state)(x)[0],
-    out_shardings=NamedSharding(mesh, P(BATCH_AXES, None, 'tensor')),
-  )
-  found = collectives(run.lower(state, on(mesh, tokens())).compile(), mesh.size)
-  routing = {'top_k', 'BSD,DE->BSE'}
-  assert {one.source.split('/')[1] for one in found} - routing <= {'shard_map'}
-  total: dict = {}
-  for one in found:
-    if 'shard_map' in one.source:
-      key = one.kind, axes_of(one, mesh)
-      total[key] = total.get(key, 0) + one.sent
+  cut = NamedSharding(mesh, P(BATCH_AXES, None, 'tensor'))
+
+  def run(state, x, dy):
+    y, pull = jax.vjp(lambda state, x: nnx.merge(graph, state)(x)[0], state, x)
+    return jax.lax.with_sharding_constraint(y, cut), pull(dy)
+
+  compiled = jax.jit(run).lower(state, on(mesh, tokens()), jax.device_put(tokens(), cut)).compile()
+  total: tuple[dict, dict] = {}, {}
+  for one in collectives(compiled, mesh.size):
+    part = 'exchange' if 'shard_map' in one.source else 'routing'
+    found = total['transpose(' in one.source]
+    key = part, one.kind, axes_of(one, mesh)
+    found[key] = found.get(key, 0) + one.sent
   return total
 
 
 ROW = D * 4  # bytes of a token in float32
 
 
+def routing(size):
+  """Of `size` devices along the expert axis: a router of top_k.
+
+  Its product sends nothing. XLA:CPU does not cut `top_k` and gathers the logits, which newer versions name after the
+  product that they come of; compiled for TPUs (v5e:2x4) and for H200s, eight of either, nothing is gathered. In the
+  backward pass the gradient of the kernel is summed over the tokens of all devices.
+  """
+  gathered = {('routing', 'all-gather', ('expert',)): (size - 1) / size * T * E * 4}
+  return gathered, {('routing', 'all-reduce', ('expert',)): 2 * (size - 1) / size * D * E * 4}
+
+
 def test_gathering_sends_every_token_to_every_device_once_and_sums_once():
-  """Eight devices of six tokens: beside the tokens travel three numbers a row."""
-  found = sent('all_gather', {}, (1, 1, 8, 1))
-  assert found == {
-    ('all-gather', ('expert',)): 7 * 6 * (ROW + K * 3 * 4),
-    ('reduce-scatter', ('expert',)): 7 * 6 * ROW,
+  """Eight devices of six tokens: beside the tokens travel three numbers a row, of which one, the weight, has a
+  gradient."""
+  forward, backward = sent('all_gather', {}, (1, 1, 8, 1))
+  gathered, summed = routing(8)
+  assert forward == gathered | {
+    ('exchange', 'all-gather', ('expert',)): 7 * 6 * (ROW + K * 3 * 4),
+    ('exchange', 'reduce-scatter', ('expert',)): 7 * 6 * ROW,
+  }
+  assert backward == summed | {
+    ('exchange', 'all-gather', ('expert',)): 7 * 6 * ROW,
+    ('exchange', 'reduce-scatter', ('expert',)): 7 * 6 * (ROW + K * 4),
   }
 
 
 def test_all_to_all_sends_its_places_there_and_back():
-  """Places of 2 * 12 / 8 = 3 rows, each with its expert; nothing else travels."""
+  """Places of 2 * 12 / 8 = 3 rows, each with its expert, which has no gradient; nothing else travels."""
   places = 8 * 3
-  found = sent('all_to_all', {'capacity_factor': 2.0}, (1, 1, 8, 1))
-  assert found == {('all-to-all', ('expert',)): 7 / 8 * places * (2 * ROW + 4)}
+  forward, backward = sent('all_to_all', {'capacity_factor': 2.0}, (1, 1, 8, 1))
+  gathered, summed = routing(8)
+  key = ('exchange', 'all-to-all', ('expert',))
+  assert forward == gathered | {key: 7 / 8 * places * (2 * ROW + 4)}
+  assert backward == summed | {key: 7 / 8 * places * 2 * ROW}
 
 
 def test_ranks_of_an_expert_share_its_traffic():
-  """Twelve tokens on four devices, twice: each of two tensor ranks sends half of every row, not the same rows twice."""
+  """Twelve tokens on four devices, twice: each of two tensor ranks sends half of every row, not the same rows twice.
+
+  Each knows the half of a weight's gradient that its part of the width gives: the halves of twelve tokens' are summed.
+  """
   places = 4 * 12
-  found = sent('all_to_all', {'capacity_factor': 2.0}, (1, 1, 4, 2))
-  assert found == {
-    ('all-to-all', ('expert',)): 3 / 4 * places * (2 * ROW / 2 + 4),
-    ('all-gather', ('tensor',)): places * ROW / 2,
-    ('reduce-scatter', ('tensor',)): places * ROW / 2,
+  forward, backward = sent('all_to_all', {'capacity_factor': 2.0}, (1, 1, 4, 2))
+  gathered, summed = routing(4)
+  inside = {
+    ('exchange', 'all-gather', ('tensor',)): places * ROW / 2,
+    ('exchange', 'reduce-scatter', ('tensor',)): places * ROW / 2,
   }
+  key = ('exchange', 'all-to-all', ('expert',))
+  assert forward == gathered | inside | {key: 3 / 4 * places * (2 * ROW / 2 + 4)}
+  of_weights = {('exchange', 'all-reduce', ('tensor',)): 2 / 2 * 12 * K * 4}
+  assert backward == summed | inside | of_weights | {key: 3 / 4 * places * 2 * ROW / 2}
 
 
 def test_a_second_hop_stays_inside_of_the_node():
   """Two nodes of four devices; lost rows come back as a byte each."""
-  found = sent('bilevel', {'capacity_factor': 2.0, 'nodes': 2}, (1, 1, 8, 1))
-  between, within = 2 * 12, 4 * 6
-  assert found == {
-    ('all-to-all', ('expert',)): 1 / 2 * between * (2 * ROW + 4 + 1)
-    + 3 / 4 * within * (2 * ROW + 4)
-  }
+  forward, backward = sent('bilevel', {'capacity_factor': 2.0, 'nodes': 2}, (1, 1, 8, 1))
+  between, within = 1 / 2 * (2 * 12), 3 / 4 * (4 * 6)  # rows that leave a device in either hop
+  gathered, summed = routing(8)
+  key = ('exchange', 'all-to-all', ('expert',))
+  assert forward == gathered | {key: between * (2 * ROW + 4 + 1) + within * (2 * ROW + 4)}
+  assert backward == summed | {key: (between + within) * 2 * ROW}
 
 
 def test_of_soft_routers_only_slots_travel():
-  """One sequence a device, eight experts of two slots: S does not enter."""
-  found = sent('all_to_all', {}, (1, 1, 8, 1), {'name': 'soft', 'slots': 2})
-  assert found == {('all-to-all', ('expert',)): 2 * 7 / 8 * E * 2 * ROW}
+  """One sequence a device, eight experts of two slots: S does not enter. The router has a vector for each slot."""
+  forward, backward = sent('all_to_all', {}, (1, 1, 8, 1), {'name': 'soft', 'slots': 2})
+  key = ('exchange', 'all-to-all', ('expert',))
+  assert forward == {key: 2 * 7 / 8 * E * 2 * ROW}
+  summed = {('routing', 'all-reduce', ('expert',)): 2 * 7 / 8 * D * E * 2 * 4}
+  assert backward == summed | {key: 2 * 7 / 8 * E * 2 * ROW}
 
 
 def test_weights_that_come_to_tokens_are_gathered_once():
-  """FSDP over the expert axis: three matrices of eight experts, of which a device has one."""
-  found = sent('local', {}, (1, 1, 8, 1))
-  assert found == {('all-gather', ('expert',)): 7 * 3 * D * F * 4}
+  """FSDP over the expert axis: three matrices of eight experts, of which a device has one.
+
+  XLA:CPU drops the barriers of jax.checkpoint: the gather of the backward pass is here that of the forward pass.
+  """
+  forward, backward = sent('local', {}, (1, 1, 8, 1))
+  gathered, summed = routing(8)
+  weights = 7 * 3 * D * F * 4
+  assert forward == gathered | {('exchange', 'all-gather', ('expert',)): weights}
+  assert backward == summed | {('exchange', 'reduce-scatter', ('expert',)): weights}
