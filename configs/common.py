@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
   config.model.moe.output_norm = False
   config.model.moe.momentum = ConfigDict()  # over depth: {'name': 'heavy_ball'}, adam, robust
   config.model.moe.dispatch = 'fused'  # fused, sorted, einsum
-  # between devices: auto, local, all_gather, all_to_all, ragged_all_to_all, ragged_fallback, bilevel
+  # between devices: auto, local, all_gather, all_to_all, ragged_all_to_all, ragged_fallback, bilevel, sparse_fsdp
   config.model.moe.exchange = 'auto'
   config.model.moe.exchange_options = ConfigDict()  # of that exchange: {'capacity_factor': 1.25}
   config.model.moe.router = ConfigDict({'name': 'top_k', 'k': 2})  # and that router's own options

@@ -82,6 +82,7 @@ class MoESettings:
     'ragged_all_to_all',
     'ragged_fallback',
     'bilevel',
+    'sparse_fsdp',
   ]
   exchange_options: dict[str, Any]  # of that exchange, checked where it is made
   router: dict[str, Any]  # 'name' and that router's own options

@@ -46,6 +46,7 @@ CASES = {
   'bilevel': ('bilevel', {'capacity_factor': 0, 'nodes': 2}),
   'ragged_all_to_all': ('ragged_all_to_all', {}),
   'ragged_fallback': ('ragged_fallback', {'buffer_factor': 0.5}),
+  'sparse_fsdp': ('sparse_fsdp', {'capacity_factor': 0, 'hot': 1}),
 }
 MESHES = {  # data, fsdp, expert, tensor
   '1': (1, 1, 1, 1),

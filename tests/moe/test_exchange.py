@@ -118,6 +118,30 @@ def test_rows_lost_in_the_second_hop_are_told_to_their_device(rng):
   assert lost.sum() > first.sum() > 0
 
 
+def test_rows_of_hot_experts_take_no_place_and_the_rest_is_told_when_lost(rng):
+  """Four owners of two experts, two data shards, each with hot experts of its own: the other rows of a device have
+  one place at each owner."""
+  mesh = make_mesh(2, 1, 4, devices=jax.devices())
+  expert, weight = crowded_rows(rng)
+  options = {'hot': 1, 'capacity_factor': 0.25}
+  exchange = make_exchange('sparse_fsdp', mesh, BATCH_AXES, options)
+  y, lost, want = send(exchange, mesh, expert, weight)
+  must = np.zeros(R, bool)
+  for device in range(8):
+    data = device // 4
+    load = np.bincount(expert[data * R // 2 : (data + 1) * R // 2], minlength=E)
+    hot = {2 * owner + int(load[2 * owner + 1] > load[2 * owner]) for owner in range(4)}
+    seen = {}
+    for row in range(device * R // 8, (device + 1) * R // 8):
+      owner = expert[row] // 2
+      if expert[row] not in hot:
+        seen[owner] = seen.get(owner, 0) + 1
+        must[row] = seen[owner] > 1
+  assert must.sum() > 10
+  np.testing.assert_array_equal(lost, must)
+  np.testing.assert_allclose(y, want(~must), rtol=1e-5, atol=1e-6)
+
+
 def test_lost_rows_are_in_the_metrics_apart_from_those_over_capacity():
   """Statistics count what experts worked on: the wanted rows less both kinds of drops."""
   mesh = make_mesh(2, 1, 4, devices=jax.devices())
@@ -177,6 +201,7 @@ def test_every_dispatch_goes_with_an_exchange(dispatch):
     ('all_to_all', {'chunks': 0}, 'chunks=0: accepted are integers from 1'),
     ('all_to_all', {'capacity_factor': -1.0}, 'capacity_factor=-1.0: accepted are numbers from 0'),
     ('ragged_fallback', {'buffer_factor': -1.0}, 'buffer_factor=-1.0: accepted are numbers'),
+    ('sparse_fsdp', {'hot': 0}, 'hot=0: accepted are integers from 1'),
   ],
 )
 def test_names_and_options_that_do_not_exist_are_refused(name, options, message):
@@ -187,12 +212,19 @@ def test_names_and_options_that_do_not_exist_are_refused(name, options, message)
 
 def test_the_options_told_are_those_that_exchanges_take():
   mesh = make_mesh(2, 1, 4, devices=jax.devices())
-  values = {'nodes': 2, 'chunks': 2, 'capacity_factor': 3.0, 'buffer_factor': 3.0}
+  values = {'nodes': 2, 'chunks': 2, 'capacity_factor': 3.0, 'buffer_factor': 3.0, 'hot': 2}
   for name in EXCHANGES:
     options = {key: values[key] for key in exchange_options(name)}
     made = make_exchange(name, mesh, BATCH_AXES, options)
     inner = getattr(made, 'first', made)
     assert {key: getattr(inner, key) for key in options} == options
+
+
+def test_more_hot_experts_than_a_device_has_are_refused():
+  mesh = make_mesh(2, 1, 4, devices=jax.devices())
+  layer = make_layer(make_exchange('sparse_fsdp', mesh, BATCH_AXES, {'hot': 3}))
+  with pytest.raises(ValueError, match='hot=3: accepted are 1 to 2, the experts of a device'):
+    layer(tokens())
 
 
 def test_sizes_that_do_not_divide_are_refused():
@@ -342,3 +374,26 @@ def test_weights_that_come_to_tokens_are_gathered_once():
   weights = 7 * 3 * D * F * 4
   assert forward == gathered | {('exchange', 'all-gather', ('expert',)): weights}
   assert backward == summed | {('exchange', 'reduce-scatter', ('expert',)): weights}
+
+
+def test_hot_experts_are_gathered_and_the_places_are_for_the_others():
+  """Four devices of two experts, one of them hot: its three matrices to three others, beside the sum of the loads, and
+  their gradient back; twelve tokens with a quarter of the places that all rows would need."""
+  options = {'hot': 1, 'capacity_factor': 0.5}
+  forward, backward = sent('sparse_fsdp', options, (2, 1, 4, 1))
+  hot, places = 3 * D * F * 4, 4 * 2
+  of_logits = 7 / 8 * T * E * 4
+  axes = ('expert',)
+  assert forward == {
+    ('routing', 'all-gather', ('data', 'expert')): of_logits,
+    ('exchange', 'all-reduce', axes): 2 * 3 / 4 * E * 4,
+    ('exchange', 'all-gather', axes): 3 * hot,
+    ('exchange', 'all-to-all', axes): 3 / 4 * places * (2 * ROW + 4),
+  }
+  assert backward == {
+    ('routing', 'all-reduce', ('data', 'expert')): 2 * 7 / 8 * D * E * 4,
+    ('exchange', 'reduce-scatter', axes): 3 * hot,
+    ('exchange', 'all-to-all', axes): 3 / 4 * places * 2 * ROW,
+    # of all experts' gradients over `data`, after those of the copies are back
+    ('exchange', 'all-reduce', ('data',)): 2 * 1 / 2 * 2 * 3 * D * F * 4,
+  }

@@ -19,6 +19,7 @@ from .layout import Layout as Layout
 from .local import Local as Local
 from .ragged import RaggedAllToAll as RaggedAllToAll
 from .single import single as single
+from .sparse_fsdp import SparseFSDP as SparseFSDP
 
 
 def ragged_fallback(
@@ -36,6 +37,7 @@ EXCHANGES: dict[str, Callable[..., Exchange]] = {
   'local': Local,
   'ragged_all_to_all': RaggedAllToAll,
   'ragged_fallback': ragged_fallback,
+  'sparse_fsdp': SparseFSDP,
 }
 """Short name -> `make(mesh, batch_axes, **options)`."""
 
@@ -76,4 +78,5 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
   'local': (),
   'ragged_all_to_all': ('buffer_factor', 'chunks'),
   'ragged_fallback': ('buffer_factor', 'chunks'),
+  'sparse_fsdp': ('hot', 'capacity_factor', 'chunks'),
 }

@@ -135,6 +135,13 @@ class Bank:
     """Every expert on its own slots."""
     return self._whole(self.experts.slots, slots_bepd)
 
+  def gathered(self, index_e: Array, axis: str) -> Bank:
+    """A bank of copies of these experts of all devices along the axis; for bodies that say `body_gathers`."""
+    graphdef, weights = nnx.split(self.experts)
+    gather = lambda w: jax.lax.all_gather(w[index_e], axis, tiled=True)
+    copies = jax.tree.map(lambda w: checkpoint_name(gather(w), _GATHERED), weights)
+    return dataclasses.replace(self, experts=nnx.merge(graphdef, copies))
+
   def _whole(self, apply: Callable[[Array], Array], x: Array) -> Array:
     """`apply` on the whole model width; its result is a sum over the devices that share the hidden width."""
     if self.width is None:
@@ -156,11 +163,13 @@ def exchange_rows(
   body: Body,
   *,
   gather_experts: bool = False,
+  body_gathers: bool = False,
 ) -> tuple[Array, Array | None]:
   """`body(x_td, rows, bank) -> (y_td, lost_r)` on every device.
 
   Rows that stay in their part of the batch lie beside their tokens. Others (an expert's choice among all tokens) are
-  known to all devices, and each takes those of its own tokens.
+  known to all devices, and each takes those of its own tokens. `gather_experts`: the bank has all experts;
+  `body_gathers`: the body asks it for copies of some. Either are gathered again in the backward pass.
 
   Raises:
     ValueError: tokens, experts or widths that do not divide over their mesh axes.
@@ -176,9 +185,11 @@ def exchange_rows(
       lost_r = jax.lax.psum(lost_r.astype(jnp.int32), layout.batch_axes) > 0
     return y_td, lost_r
 
-  return _on_mesh(
-    layout, on_device, dispatch, experts, (tokens, rows), (tokens, rows), gather_experts
-  )(x_td.astype(experts.dtype), assignment)
+  specs = (tokens, rows)
+  run = _on_mesh(
+    layout, on_device, dispatch, experts, specs, specs, gather_experts, body_gathers=body_gathers
+  )
+  return run(x_td.astype(experts.dtype), assignment)
 
 
 def exchange_slots(
@@ -206,7 +217,9 @@ def exchange_slots(
   return run(slots_bepd.astype(experts.dtype))[:batch]
 
 
-def _on_mesh(layout, on_device, dispatch, experts, in_specs, out_specs, gather_experts):
+def _on_mesh(
+  layout, on_device, dispatch, experts, in_specs, out_specs, gather_experts, *, body_gathers=False
+):
   """`jax.shard_map` of `on_device(*arrays, bank)`.
 
   Weights are gathered over `fsdp` in here and gathered again in the backward pass, not kept: what is kept between the
@@ -224,7 +237,7 @@ def _on_mesh(layout, on_device, dispatch, experts, in_specs, out_specs, gather_e
     return on_device(*arrays, Bank(nnx.merge(graphdef, gathered), dispatch, layout.width))
 
   policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-  if layout.size(layout.fsdp_axis) > 1 or (gather_experts and layout.owners > 1):
+  if layout.size(layout.fsdp_axis) > 1 or (gather_experts and layout.owners > 1) or body_gathers:
     with_weights = jax.checkpoint(with_weights, policy=policy)
   run = jax.shard_map(
     with_weights,
