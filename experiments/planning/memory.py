@@ -111,5 +111,7 @@ def logits(work: Workload, layout: Layout) -> float:
 
 
 def embedding(work: Workload, layout: Layout) -> float:
-  """The table's gradient is summed as a whole table on every device."""
-  return work.vocab_size * work.settings.model.d_model / layout.tensor * 4
+  """Of its gradient: a whole table on every device, or the gradients of all tokens where there are fewer of them."""
+  tokens = work.tokens(layout) * layout.batch_shards
+  rows = work.vocab_size if work.sums_table(layout) else tokens
+  return rows * work.settings.model.d_model / layout.tensor * 4

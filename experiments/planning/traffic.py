@@ -2,7 +2,7 @@
 
 What it says is what the compiled step was seen to do (tests/experiments/planning/test_compiled.py): a layer's weights
 are gathered over `fsdp` in the type of the computation each time the layer runs, their gradients are reduced in each
-microbatch, the embedding's as a whole table in float32.
+microbatch, the embedding's in float32, as a whole table or token by token.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
     'router': forward + 1,
     'experts': layers + 1,
     'head': layers,
-    'embedding': layers,
   }
   fsdp, fsdp_size = _along(layout, ('fsdp',))
   for tensor, elements in work.classes:
@@ -89,10 +88,7 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
     others, size = _along(layout, tuple(axis for axis in BATCH_AXES if axis not in over))
     what = tensor.group
     if what == 'embedding':
-      axes, size = _along(layout, BATCH_AXES)
-      yield Move('all-reduce', axes, size, what, parts * elements / layout.tensor * 4)
-      if parts > 1:  # the sum over microbatches is sharded
-        yield Move('all-gather', fsdp, fsdp_size, what, parts * whole * 4)
+      yield from _embedding(work, layout, elements)
       continue
     if sharded > 1:
       yield Move('all-gather', fsdp, fsdp_size, what, parts * gathers[what] * whole * work.width)
@@ -103,6 +99,23 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
     # sums of the head over other axes wait for the end of the step
     times = 1 if what == 'head' else parts
     yield Move('all-reduce', others, size, what, times * whole / sharded * width)
+
+
+def _embedding(work: Workload, layout: Layout, elements: int) -> Iterator[Move]:
+  """Sums of its gradient. What looking rows up moves is a layer's tokens once, and left out."""
+  parts, table = layout.microbatches, elements / layout.tensor * 4
+  axes, size = _along(layout, BATCH_AXES)
+  fsdp, fsdp_size = _along(layout, ('fsdp',))
+  if work.sums_table(layout):
+    yield Move('all-reduce', axes, size, 'embedding', parts * table)
+    if parts > 1:  # the sum over microbatches is sharded
+      yield Move('all-gather', fsdp, fsdp_size, 'embedding', parts * table)
+    return
+  tokens = work.tokens(layout) * size * work.settings.model.d_model / layout.tensor * 4
+  yield Move('all-gather', axes, size, 'embedding', parts * tokens)
+  # devices that share a shard of the table have added the tokens of their fsdp group alone
+  others, size = _along(layout, tuple(axis for axis in BATCH_AXES if axis != 'fsdp'))
+  yield Move('all-reduce', others, size, 'embedding', table / fsdp_size)
 
 
 def _exchange(work: Workload, layout: Layout) -> Iterator[Move]:

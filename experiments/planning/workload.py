@@ -89,6 +89,14 @@ class Workload:
       model.batch_size // layout.microbatches // layout.batch_shards * model.data.sequence_length
     )
 
+  def sums_table(self, layout: Layout) -> bool:
+    """Whether the embedding's gradient is summed as a whole table on every device.
+
+    The TPU compiler chooses what takes less memory: with fewer tokens in a microbatch than rows in the table it gathers
+    the tokens' gradients instead, on every device, which adds them to its shard of the table.
+    """
+    return self.tokens(layout) * layout.batch_shards > self.vocab_size
+
 
 def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Workload:
   """The numbers of these settings.

@@ -41,18 +41,23 @@ def settings(**changes):
 @pytest.mark.aot
 @pytest.mark.slow
 @needs_libtpu
-def test_a_step_compiled_for_tpus_holds_the_predicted_collectives():
+@pytest.mark.parametrize(('microbatches', 'error'), [(1, 0.025), (4, 0.005)])
+def test_a_step_compiled_for_tpus_holds_the_predicted_collectives(microbatches, error):
+  """4,096 tokens are more than the rows of the table, the 1,024 of a microbatch fewer: its gradient travels otherwise.
+
+  What is left of one microbatch is the table, 1 MiB in bfloat16, gathered once to look the tokens up in.
+  """
   topology = parse_topology('v5p:2x2x1')
   work = workload(settings(), 'tpu')
-  layout = Layout({'data': 1, 'fsdp': 2, 'expert': 2}, 'all_gather', 1)
+  layout = Layout({'data': 1, 'fsdp': 2, 'expert': 2}, 'all_gather', microbatches)
   with jax.numpy_dtype_promotion('standard'):  # optax
     found = compile_step(work.settings, layout, topology)
   rows = {one.what: one for one in compare(work, layout, found)}
   assert abs(rows.pop('state').error) < STATE_ERROR
   rows.pop('other memory')  # of a model so small that padding rules
-  assert len(rows) >= 4
+  assert len(rows) >= 3
   for one in rows.values():
-    assert abs(one.error) < TRAFFIC_ERROR, one
+    assert abs(one.error) < error < TRAFFIC_ERROR, one
 
 
 @pytest.mark.aot

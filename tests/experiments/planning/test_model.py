@@ -87,6 +87,18 @@ def test_microbatches_gather_the_weights_for_each_and_once_more():
   assert two > 2 * one
 
 
+def test_the_gradient_of_the_embedding_is_a_table_or_the_tokens_whichever_is_smaller():
+  """A table of 1,536 rows; 2,048 tokens, or 1,024 in each of two microbatches."""
+  rows = 1536
+  work, one = of(small(**{'model.vocab_size': rows}), fsdp=4, expert=2)
+  (table,) = (m for m in moves(work, one) if m.what == 'embedding')
+  assert (table.kind, table.size, table.whole) == ('all-reduce', 8, rows * D * 4)
+  two = dataclasses.replace(one, microbatches=2)
+  tokens, shard = (m for m in moves(work, two) if m.what == 'embedding')
+  assert (tokens.kind, tokens.size, tokens.whole) == ('all-gather', 8, 2 * 1024 * D * 4)
+  assert (shard.kind, shard.axes, shard.whole) == ('all-reduce', ('expert',), rows * D * 4 / 4)
+
+
 def test_on_many_shards_the_sum_of_the_head_is_not_scattered():
   few = {(m.kind, m.what) for m in moves(*of(small(), fsdp=4))}
   many = {(m.kind, m.what) for m in moves(*of(small(), fsdp=8))}
