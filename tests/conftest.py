@@ -57,7 +57,8 @@ def pytest_addoption(parser):
   parser.addoption(
     '--full-matrix',
     action='store_true',
-    help='every router on every exchange and mesh as a whole layer (tests/test_every_exchange.py); an hour',
+    help='every router on every exchange and mesh as a whole layer, every kernel on every case in the interpreters, '
+    'every program for TPUs; hours',
   )
   help = (
     'measure the properties of a router of your own: module:function, found from where pytest runs'

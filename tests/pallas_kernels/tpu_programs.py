@@ -1,4 +1,4 @@
-"""Compiles programs for a TPU topology and prints what came out as JSON: `python -m ... v6e:2x2`.
+"""Compiles programs for a TPU topology and prints what came out as JSON: `python -m ... v6e:2x2 [--full-matrix]`.
 
 Shapes are those of the kernel benchmark: A (T 32768, D 2048, F 1024, E 64, K 8), B (24576, 1536, 256, 128, 8) and
 C (32768, 4096, 14336, 8, 2).
@@ -28,6 +28,9 @@ from pallas_kernels import (
 )
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+MIB = 2**20
+# Of every program: the visits of a kernel's tiles, a dozen tables of at most 2112 integers each, and scalars.
+TABLES = 0.25
 
 
 class Program(NamedTuple):
@@ -39,9 +42,11 @@ class Program(NamedTuple):
     function: of arrays.
     args: `(shape, dtype)` of each; tuples of them are tuples of arrays.
     kernels: names of the kernels that it must call.
-    temporary_mib: memory besides arguments and results is less than this; a copy of an operand would be more.
+    temporary_mib: memory besides arguments and results is less than this, which the shapes and TABLES give. A matmul
+      has none: a copy of an operand would be more.
     specs: of each argument, for a program of all N devices along one axis, whose result is cut along its rows; an axis
       of -1 has N entries. None for a program of one device.
+    long: compiles for minutes, with --full-matrix only.
   """
 
   operation: str
@@ -51,6 +56,12 @@ class Program(NamedTuple):
   kernels: tuple[str, ...]
   temporary_mib: float
   specs: tuple[P, ...] | None = None
+  long: bool = False
+
+
+def _lanes(width):
+  """Columns that an axis takes in memory, where 128 lie side by side."""
+  return -(-width // 128) * 128
 
 
 def _gradients(transpose_rhs):
@@ -68,8 +79,11 @@ def _grouped(name, rows, groups, inner, columns, dtype, transpose_rhs=False):
   matrix = (groups, columns, inner) if transpose_rhs else (groups, inner, columns)
   args = ((rows, inner), dtype), (matrix, dtype), ((groups,), I32), ((rows, columns), dtype)
   kernels = ('grouped_matmul', 'grouped_matmul', 'grouped_matmul_drhs')
-  # Narrow arrays are padded to the registers' lanes.
-  mib = 8 if inner % 128 else 2
+  mib = TABLES
+  # Operands and results of odd widths are turned around: outside of the kernels XLA lays them out without padding.
+  if inner % 128 or columns % 128:
+    row = 2 * rows * (_lanes(inner) + _lanes(columns))
+    mib += (row + 2 * groups * inner * _lanes(columns)) * jnp.dtype(dtype).itemsize / MIB
   return Program(
     'grouped_matmul', f'grouped_matmul {name}', _gradients(transpose_rhs), args, kernels, mib
   )
@@ -98,7 +112,7 @@ def _ffn_gradients(choices, num_experts, activation):
   return run
 
 
-def _ffn(name, t, d, f, e, k, dtype, activation, matrices=2):
+def _ffn(name, t, d, f, e, k, dtype, activation, matrices=2, long=False):
   into = (((e, d, f), dtype),) * matrices
   args = (
     ((t, d), dtype),
@@ -110,10 +124,11 @@ def _ffn(name, t, d, f, e, k, dtype, activation, matrices=2):
   )
   kernels = tuple(f'expert_ffn_{name}' for name in ('up', 'down', 'dhidden', 'dx', 'dup', 'ddown'))
   run = _ffn_gradients(k, e, activation)
-  # Rows of x, dy, y and dx; pre-activations and their gradients; the hidden layer, twice. A quarter more for what XLA
-  # keeps of a gather, and 2 MiB for narrow arrays, which are padded to the registers' lanes.
-  buffers = t * k * (4 * d + 2 * (matrices + 1) * f) * jnp.dtype(dtype).itemsize
-  return Program('expert_ffn', f'expert_ffn {name}', run, args, kernels, 2 + 1.25 * buffers / 2**20)
+  # Each intermediate array once, for XLA may begin all gathers early: rows of x and dy, rows of y and dx as the experts
+  # give them and again token by token; pre-activations and their gradients; the hidden layer, twice.
+  row = 6 * _lanes(d) + 2 * (matrices + 1) * _lanes(f)
+  mib = TABLES + t * k * row * jnp.dtype(dtype).itemsize / MIB
+  return Program('expert_ffn', f'expert_ffn {name}', run, args, kernels, mib, long=long)
 
 
 PROGRAMS = (
@@ -121,7 +136,7 @@ PROGRAMS = (
   _grouped('B down', 196608, 128, 256, 1536, BF16),
   _grouped('C down', 65536, 8, 14336, 4096, BF16),
   _grouped('C up in float32', 65536, 8, 4096, 14336, F32),
-  _ffn('A', 32768, 2048, 1024, 64, 8, BF16, 'silu'),
+  _ffn('A', 32768, 2048, 1024, 64, 8, BF16, 'silu', long=True),
   _ffn('B', 24576, 1536, 256, 128, 8, BF16, 'gelu'),
   _ffn('in float32, plain', 8192, 512, 1024, 16, 2, F32, 'relu2', matrices=1),
   _ffn('widths that no tile divides', 96, 8, 12, 4, 1, F32, 'relu'),
@@ -132,7 +147,7 @@ PROGRAMS = (
     lambda *a: quantised_matmul(a[0], Quantised(*a[1:3]), a[3], implementation='tpu'),
     (((2048, 2048), BF16), ((64, 2048, 1024), jnp.int8), ((64, 1, 1024), F32), ((64,), I32)),
     ('quantised_matmul',),
-    1,
+    TABLES,
   ),
   Program(
     'ragged_all_to_all',
@@ -142,7 +157,7 @@ PROGRAMS = (
     ),
     (((8192, 1024), BF16), ((-1, -1), I32)),
     ('ragged_all_to_all',),
-    5,  # the result before its rows outside of the segments are zeroed: 4 MiB
+    TABLES + 2048 * 1024 * 2 / MIB,  # the result before its rows outside of the segments are zeroed
     specs=(P('expert'), P()),
   ),
   Program(
@@ -151,7 +166,8 @@ PROGRAMS = (
     lambda x: top_k(x, 8, implementation='tpu'),
     (((32768, 64), F32),),
     ('top_k',),
-    64,
+    # Logits, experts and weights are turned around, 128 lanes a row.
+    TABLES + 3 * 32768 * 128 * 4 / MIB,
   ),
   Program(
     'routing',
@@ -159,7 +175,7 @@ PROGRAMS = (
     lambda e: pack(e, 128, implementation='tpu'),
     (((196608,), I32),),
     ('rank',),
-    8,
+    TABLES + 2 * 196608 * 4 / MIB,  # rank and place of each row
   ),
 )
 
@@ -175,9 +191,19 @@ def describe(program: Program, devices) -> dict:
     function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P('expert'))
     args = [_on(mesh, len(devices), *arg) for arg in zip(program.args, specs, strict=True)]
   lowered = jax.jit(function).lower(*args)
-  memory = lowered.compile().memory_analysis()
   names = re.findall(r'tpu_custom_call.*?kernel_name = "(\w+)"', lowered.as_text())
-  return {'kernels': sorted(names), 'temporary_bytes': memory.temp_size_in_bytes}
+  return {'kernels': sorted(names), 'temporary_bytes': _temporary(lowered.compile())}
+
+
+def _temporary(compiled):
+  """Bytes of the device's memory besides arguments and results, from two counts that are never less.
+
+  The size of the temporary buffer has 16 KiB for each small value (a scalar, the 32 bytes that stand for a copy under
+  way), up to a MiB in all, and gaps. The peak is exact, but has also what lies in the memory of the chip itself.
+  """
+  memory = compiled.memory_analysis()
+  given = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return min(memory.temp_size_in_bytes, memory.peak_memory_in_bytes - given)
 
 
 def _on(mesh, count, arg, spec):
@@ -186,10 +212,16 @@ def _on(mesh, count, arg, spec):
   return jax.ShapeDtypeStruct(whole, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def main():
-  devices = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[1]).devices
-  print(json.dumps({p.name: describe(p, devices) for p in PROGRAMS}), flush=True)
+def programs(full: bool) -> tuple[Program, ...]:
+  """All of them, or those that compile in seconds."""
+  return tuple(program for program in PROGRAMS if full or not program.long)
+
+
+def main(topology, *options):
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  wanted = programs('--full-matrix' in options)
+  print(json.dumps({p.name: describe(p, devices) for p in wanted}), flush=True)
 
 
 if __name__ == '__main__':
-  main()
+  main(*sys.argv[1:])
