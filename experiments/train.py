@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from experiments import cli, distributed, workdir
+from experiments.allocator import keep_freed_memory
 from experiments.build import Experiment, active_share, assemble, training_flops
 from experiments.checkpoint import Checkpoints
 from experiments.data import check_fingerprint, prefetch
@@ -37,6 +38,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 def main(argv: list[str]) -> int:
+  keep_freed_memory()
   settings, config, folder, own = cli.parse(argv, 'experiments.train', distributed.define_flags)
   with distributed.joined(**own):
     train(settings, config, Path(distributed.agreed(config, str(folder))))

@@ -1,0 +1,42 @@
+"""Memory that a step frees stays with the process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PROGRAM = """
+import resource, sys
+import jax, jax.numpy as jnp
+from experiments.allocator import keep_freed_memory
+
+if sys.argv[1] == 'keep':
+  assert keep_freed_memory()
+x = jnp.ones((4096, 4096))
+increment = jax.jit(lambda x: x + 1)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(60):  # until every hole in the heap is as large as it needs to be
+  increment(x).block_until_ready()
+before = faults()
+for _ in range(5):
+  increment(x).block_until_ready()
+print(faults() - before)
+"""
+
+
+def page_faults(how: str, **environment: str) -> int:
+  """Of five sums of 64 MiB each; up to 32 MiB glibc learns by itself."""
+  command = [sys.executable, '-c', PROGRAM, how]
+  environment = {'PATH': '', 'JAX_PLATFORMS': 'cpu'} | environment
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc alone has mallopt')
+def test_a_step_takes_the_pages_of_the_step_before():
+  assert page_faults('leave') > 5 * 16_000  # pages of 4 KiB
+  assert page_faults('keep') < 500
