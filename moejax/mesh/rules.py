@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 Rule = tuple[str, tuple[str | None, ...]]
 
+SCORER = r'(moe/([a-z]+/)?|attention/)router/scorer'
+
 RULES: tuple[Rule, ...] = (
   # experts over `expert`, their model width over `fsdp`, their hidden width over `tensor`
   (r'moe/([a-z]+/)?experts/(w_gate|w_up)', ('expert', 'fsdp', 'tensor')),
@@ -35,8 +37,15 @@ RULES: tuple[Rule, ...] = (
   (r'moe/(split|merge|query)/bias', ()),
   # of nested experts, whose weights are those of a dense layer
   (r'moe/(gate_kernel|gate_offset|alpha)', ()),
-  # routers are small, and float32 on every device
-  (r'(moe/([a-z]+/)?|attention/)router/scorer/(\w+/)*\w+', ()),
+  # routers are small, and float32 on every device: products of the token, of what came of it, and beside them
+  (rf'{SCORER}/((linear|first|second)/)?kernel', ()),
+  (rf'{SCORER}/(noise_kernel|next_kernel|project|gate|skip|value)', ()),
+  (rf'{SCORER}/(phi|centroids|residual|embedding|(first|second)/base)', ()),
+  (rf'{SCORER}/(scale|offset|norm_scale|temperature)', ()),
+  (rf'{SCORER}/cell/(into|over|offset|over_offset)', ()),
+  # drawn once and never changed
+  (rf'{SCORER}/(seed|table)', ()),
+  # of blocks that tokens skip
   (r'blocks/\d+/router/(score|hidden|out)/(weight|bias)', ()),
   (r'stack/shared/(enter/weight|kernel|into|over|offset|over_offset)', ()),
   (r'moe/([a-z]+/)?router/bias', ()),

@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax import MoE
+from moejax import MoE, make_router
 from moejax.mesh.make import make_mesh
-from moejax.mesh.rules import like_params, param_shardings, path_name, spec_of
+from moejax.mesh.rules import RULES, like_params, param_shardings, path_name, rule_of, spec_of
 from moejax.moe.cartesian import CartesianMoE
 from moejax.moe.multi_head import MultiHeadMoE
 from moejax.moe.peer import Peer
 from moejax.transformer import Decoder, ViT
+from tests import test_every_router as table
 
 moe = functools.partial(MoE, 16, 32, 4, num_shared=1, output_norm=True)
 
@@ -82,26 +83,25 @@ def test_every_variable_matches_one_rule_and_moments_follow(make):
   assert moments[0].count.spec == P()
 
 
-OTHER_ROUTERS = [
-  {'name': 'noisy_top_k', 'k': 2},
-  {'name': 'cosine'},
-  {'name': 'modified_softmax'},
-  {'name': 'hash', 'counts': (3, 2, 1)},
-  {'name': 'mask_moe', 'vocab_size': 64},
-  {'name': 'mixture_of_tokens'},
-  {'name': 'smoe_dropout'},
-]
+def test_every_parameter_of_every_router_is_on_every_device():
+  """And no pattern of a scorer's parameters is one that no router needs."""
+  needed = set()
+  for row, options in table.ROWS.items():
+    options = dict(options)
+    make = functools.partial(make_router, options.pop('name'), **options)
+    router = nnx.eval_shape(lambda make=make: make(d_model=16, num_experts=8, rngs=nnx.Rngs(0)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(router)[1])):
+      name = f'moe/router/{path_name(path)}'
+      assert spec_of(name, leaf.ndim) == P(), row
+      needed.add(rule_of(name))
+  assert needed == {rule for rule in RULES if 'router/' in rule[0]}
 
 
-@pytest.mark.parametrize('router', OTHER_ROUTERS, ids=lambda router: router['name'])
-def test_parameters_and_tables_of_other_routers_are_on_every_device(router):
-  layer = nnx.eval_shape(lambda: moe(router, rngs=nnx.Rngs(0)))
-  names = [
-    path_name(path)
-    for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(layer.router)[1]))
-  ]
-  assert names
-  assert {spec_of(f'moe/router/{name}', 1) for name in names} == {P()}
+@pytest.mark.parametrize('name', ['new', 'first/new', 'kernel/new', 'new/kernel', 'kernel2'])
+def test_a_parameter_that_no_scorer_has_yet_is_asked_about(name):
+  """A table of a million rows would else lie on every device without a word."""
+  with pytest.raises(ValueError, match=f'parameter moe/router/scorer/{name} must match one rule'):
+    spec_of(f'moe/router/scorer/{name}', 2)
 
 
 def test_the_layer_axis_is_never_sharded():
