@@ -36,6 +36,10 @@ def get_config() -> ConfigDict:
   config.data.normalization = (
     'signed'  # of images: signed ([-1, 1]), standard (mean 0, deviation 1)
   )
+  config.data.augment = (
+    'shift'  # of training images: shift (2 pixels), inception (crop, flip), none
+  )
+  config.data.eval_crop = 1.0  # side of the central square that evaluation sees, of the whole one's
   config.data.data_dir = ''  # where prepared data sets lie; '': MOEJAX_DATA or ~/.cache/moejax/data
   config.data.allow_changed_stream = False  # resume on other data than the run began with
 
@@ -66,10 +70,13 @@ def get_config() -> ConfigDict:
     {'name': 'top_k', 'k': 2, 'weighting': 'softmax_topk_norm_sg'}
   )  # of experts alone
   config.model.heads.losses = ConfigDict()  # coefficients: {'balance': 0.01, 'z': 0.001} in MoA
+  config.model.positions = 'rotary'  # of decoder and encoder: rotary, relative (T5's biases)
   config.model.rope_theta = 10_000.0
   config.model.vocab_size = 0  # rows of the embedding; 0: as the tokenizer
   config.model.tie_embeddings = True
   config.model.patch_size = 4  # vit
+  config.model.output = 'softmax'  # softmax; sigmoid: a vit whose images may have several labels
+  config.model.head_bias = 0.0  # vit: where the biases of the classes begin
   config.model.dtype = (
     'auto'  # of the computation: auto (bfloat16 on accelerators), float32, bfloat16
   )
@@ -107,6 +114,13 @@ def get_config() -> ConfigDict:
   config.model.moe.losses = ConfigDict({'balance': 0.01, 'z': 0.001})  # coefficients by name
 
   config.optim = ConfigDict()
+  config.optim.name = 'adamw'  # adamw, adafactor
+  # adafactor, beside b1 (0: no first moment) and b2 (the most that 1 - step^-0.8 reaches):
+  # clip_threshold of an update's root mean square (0: off), parameter_scale multiplies by that of
+  # the parameter, factor_from is the least width of both axes that are factored
+  config.optim.adafactor = ConfigDict(
+    {'clip_threshold': 1.0, 'parameter_scale': True, 'factor_from': 128}
+  )
   config.optim.schedule = 'cosine'  # cosine, trapezoid, rsqrt, constant
   config.optim.learning_rate = 1e-3  # the peak
   config.optim.warmup_steps = 100
@@ -117,6 +131,7 @@ def get_config() -> ConfigDict:
   config.optim.b2 = 0.95
   config.optim.eps = 1e-8
   config.optim.weight_decay = 0.1
+  config.optim.decay_of = ConfigDict()  # others, by the end of a path: {'head/weight': 3.0}
   config.optim.clip_norm = 1.0  # of the global gradient; 0: off
   config.optim.bias_rate = 0.0  # loss-free balancing: step of the router bias; 0: off
   # after every step experts move towards each other, at last by this much (router ewa); 0: off

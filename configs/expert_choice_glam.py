@@ -11,9 +11,10 @@ for 130M and 145M, of which the difference agrees.
   0.1b_64e        64    1.9B    145M        1907.6     152.3
   0.1b_128e      128    3.7B    145M        3719.8     152.6
   8b               -    8.7B    8.7B        8721.3    8721.3
-  8b_64e          64    143B    9.8B      143211.6    9807.6
+  8b_64e          64    143B    9.8B      143211.7    9807.6
 
-Paper: Mixture-of-experts with expert choice routing, Zhou et al. 2022, table 1; GLaM, Du et al. 2022.
+Paper: Mixture-of-experts with expert choice routing, Zhou et al. 2022, table 1; GLaM, Du et al. 2022, section 5 (the
+  optimizer).
 Command: scripts/python -m experiments.train --config configs/expert_choice_glam.py:0.1b_64e
   --config.data.tokenizer=sentencepiece:FILE (any argument of the table)
 Machine: not yet run. The experts divide over --config.mesh.expert=N.
@@ -24,8 +25,8 @@ Seeds: not yet run; --config.seed.
 Deviations: C4 for GLaM's data, which is not public. Groups are the tokens at one position of 256 sequences, for those
   of the paper, over whole batches, show a token what comes after it. Experts are gated as the dense layers are
   (model.gated holds for both) and two thirds as wide as the paper's plain ones: as many parameters, as much work.
-  Rotary for relative position biases. AdamW for Adafactor; its schedule rises for 10,000 steps, where the paper's is
-  constant, and falls as the paper's. Learning rate, weight decay, batch and steps are ours, and not tuned.
+  Scores of relative positions are divided by the root of a head's width, which T5's are not. The schedule rises for
+  10,000 steps, where the paper's is constant at 0.01, and falls as the paper's. Clipping, batch and steps are ours.
 """
 
 from configs import common
@@ -34,7 +35,6 @@ WIDTHS = {  # d_model, layers, heads of a width of d_model / heads, d_ff, d_ff o
   '0.1b': (768, 12, 12, 3072, 2048),
   '8b': (4096, 32, 32, 16384, 10944),  # 2 / 3 of 16,384 is 10,922.7; 10,944 is 64 * 171
 }
-LEARNING_RATES = {'0.1b': 1e-3, '8b': 2e-4}
 VARIANTS = ('0.1b', '0.1b_16e', '0.1b_32e', '0.1b_64e', '0.1b_128e', '8b', '8b_64e')
 
 
@@ -55,6 +55,7 @@ def get_config(name='0.1b_64e'):
   config.model.activation = 'gelu'
   config.model.gated = True
   config.model.qk_norm = False
+  config.model.positions = 'relative'
   config.model.moe.layers = 'none'
   if experts:
     config.model.moe.layers = 'every_2'
@@ -67,11 +68,14 @@ def get_config(name='0.1b_64e'):
       'group_size': 256,
     }
   config.model.moe.losses = {}
+  config.optim.name = 'adafactor'  # factored, clipped at 1, scaled by parameters: the defaults
+  config.optim.b1 = 0.0
   config.optim.schedule = 'rsqrt'
-  config.optim.learning_rate = LEARNING_RATES[size]
+  config.optim.learning_rate = 0.01
   config.optim.warmup_steps = 10_000
   config.optim.timescale = 10_000.0
   config.optim.b2 = 0.99
+  config.optim.weight_decay = 0.0
   config.eval.every = 1000
   config.checkpoint.every = 1000
   config.log.every = 50

@@ -23,10 +23,13 @@ Time: not yet run.
 Expect: not yet run, and no published number: the paper trains on JFT-4B, which is not public (JFT precision at 1 /
   ImageNet 10-shot: ViT S/16 51.3 / 67.6, Soft S/16 58.1 / 78.8 after 4 million steps).
 Seeds: not yet run; --config.seed.
-Deviations: ImageNet-2012 for JFT-4B, so that 300,000 steps are 960 epochs: lower --config.steps. Softmax for sigmoid
-  cross-entropy and a zero bias of the head for -ln(classes). Central squares moved by up to 2 pixels for Inception
-  crops and flips. One weight decay, 0.03, also on the head (3.0) and on phi (none), and none on the scale of phi
-  (0.03). RMSNorm for LayerNorm of queries and keys. Experts have no biases: s14 has 2.9 million parameters less.
+Recipe: sigmoid cross-entropy with biases of the head from -ln(1,000), Inception crops and flips, evaluation on the
+  central 224 of 256 pixels, Adam (0.9, 0.999) with a weight decay of 3.0 on the head, none on phi and 0.03 on the other
+  matrices and on the scale of phi: the released configs. Scaling ViT's Adafactor, which keeps less state and which they
+  do not use, is --config.optim.name=adafactor --config.optim.adafactor.clip_threshold=0
+  --config.optim.adafactor.parameter_scale=False --config.optim.adafactor.factor_from=32.
+Deviations: ImageNet-2012 for JFT-4B, so that 300,000 steps are 960 epochs: lower --config.steps. RMSNorm for LayerNorm
+  of queries and keys. Experts have no biases: s14 has 2.9 million parameters less.
 """
 
 from configs import common
@@ -54,6 +57,8 @@ def get_config(name='s16'):
   config.data.objective = 'classify'
   config.data.image_size = 224
   config.data.normalization = 'signed'
+  config.data.augment = 'inception'
+  config.data.eval_crop = 0.875  # 224 of 256 pixels
   config.model.kind = 'vit'
   d_model, d_ff, num_layers, num_heads = WIDTHS[size[0]]
   config.model.d_model, config.model.d_ff = d_model, d_ff
@@ -61,6 +66,8 @@ def get_config(name='s16'):
   config.model.patch_size = int(size[1:])
   config.model.activation = 'gelu'
   config.model.gated = False
+  config.model.output = 'sigmoid'
+  config.model.head_bias = -6.907755278982137  # -ln(1000)
   config.model.moe.layers = 'none'
   if name in EXPERTS:
     config.model.moe.layers = 'last_half'
@@ -75,6 +82,10 @@ def get_config(name='s16'):
   config.optim.final_fraction = 0.0
   config.optim.b2 = 0.999
   config.optim.weight_decay = 0.03
+  decay = {'head/weight': 3.0}
+  if name in EXPERTS:
+    decay |= {'moe/router/scorer/phi': 0.0, 'moe/router/scorer/scale': 0.03}
+  config.optim.decay_of = decay
   config.eval.every = 5000
   config.eval.batches = 13
   config.checkpoint.every = 5000

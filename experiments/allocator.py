@@ -8,9 +8,8 @@ CPU time, for the 574 MB of scripts/bench_decoder.py.
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import platform
-
-import jax
 
 # malloc.h: parameters of mallopt
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -33,7 +32,7 @@ def keep_freed_memory() -> bool:
 
 
 def _expects_accelerator() -> bool:
-  platforms = jax.config.jax_platforms
+  platforms = os.environ.get('JAX_PLATFORMS')
   if platforms:
     return platforms != 'cpu'
   plugins = importlib.metadata.entry_points(group='jax_plugins')

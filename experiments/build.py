@@ -85,6 +85,11 @@ def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> 
   share = batch_share(build_mesh(settings))
   train_stream = open_stream(settings, train=True, share=share)
   eval_stream = open_stream(settings, train=False, share=share)
+  if train_stream.num_labels and settings.model.output == 'softmax':
+    raise BadInput(
+      f"model.output='softmax' with images of up to {train_stream.num_labels} labels "
+      f"(data.name={settings.data.name!r}): it must be 'sigmoid'"
+    )
   programs = {} if programs is None else programs
   key = program_key(settings, train_stream)
   if key not in programs:
@@ -113,6 +118,7 @@ def build_program(settings: Settings, stream: Stream) -> Program:
       bias_rate=settings.optim.bias_rate,
       average_rate=settings.optim.average_rate,
       consistency=settings.optim.consistency,
+      output=settings.model.output,
     )
   except ValueError as error:
     raise BadInput(str(error)) from error
@@ -124,7 +130,7 @@ def program_key(settings: Settings, stream: Stream) -> str:
   for name in RUN_SETTINGS:
     section, _, key = name.rpartition('.')
     del (values[section] if section else values)[key]
-  shape = (stream.vocab_size, stream.image_shape, stream.num_classes)
+  shape = (stream.vocab_size, stream.image_shape, stream.num_classes, stream.num_labels)
   return json.dumps([values, shape], sort_keys=True)
 
 
@@ -146,6 +152,8 @@ def open_stream(settings: Settings, *, train: bool, share: tuple[int, int] = (0,
     train=train,
     image_size=data.image_size or None,
     normalization=data.normalization,
+    augment=data.augment,
+    eval_crop=data.eval_crop,
   )
 
 
@@ -399,13 +407,14 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
   }
   if model.kind == 'vit':
     sizes = (stream.image_shape, model.patch_size, stream.num_classes)
-    return lambda rngs: ViT(*sizes, **shared, rngs=rngs)
+    return lambda rngs: ViT(*sizes, **shared, head_bias=model.head_bias, rngs=rngs)
   shared |= {
     'num_kv_heads': model.num_kv_heads,
     'qk_norm_scope': model.qk_norm_scope,
     'latent': latent_of(model),
     'heads': heads_maker(model, dtype),
     'depth': depth_of(model),
+    'positions': model.positions,
     'rope_theta': model.rope_theta,
     'head_dim': model.head_dim,
     'tie_embeddings': model.tie_embeddings,

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import workdir as workdirs
 from experiments.errors import BadInput, ExperimentError
+from experiments.later import with_later
 from experiments.schema import unknown_key
 from experiments.settings import Settings
 
@@ -33,6 +34,7 @@ _OPEN_SECTIONS = (
   'model.moe.losses',
   'model.moe.zero_experts',
   'model.moe.exchange_options',
+  'optim.decay_of',
 )
 _TYPE_NAMES = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a str'}
 
@@ -153,7 +155,7 @@ def _load(path: str) -> ConfigDict:
   if not file.is_file():
     raise BadInput(f'--config={path} is not accepted: there is no file {file}')
   if file.suffix == '.json':
-    return ConfigDict(workdirs.read_json(file))
+    return ConfigDict(with_later(workdirs.read_json(file)))
   (config,) = execute(file, 'a config', ('get_config',), (argument,) if colon else ())
   if not isinstance(config, ConfigDict):
     kind = type(config).__name__

@@ -24,7 +24,7 @@ class Program:
     definition: the model.
     make_optimizer: of abstract parameters.
     mesh: over all devices.
-    microbatches, losses, other_losses, bias_rate, average_rate, consistency: see `make_train_step`.
+    microbatches, losses, other_losses, bias_rate, average_rate, consistency, output: see `make_train_step`.
 
   Attributes:
     mesh, definition, optimizer: as given.
@@ -48,12 +48,13 @@ class Program:
     bias_rate: float,
     average_rate: float = 0.0,
     consistency: float = 0.0,
+    output: str = 'softmax',
   ):
     self.mesh = mesh
     self.definition = definition
     self.init, self.abstract, self.optimizer = make_state(definition, make_optimizer, mesh)
     replicated = NamedSharding(mesh, P())  # what is told must be whole in every process
-    self.eval_step = jax.jit(make_eval_step(definition), out_shardings=replicated)
+    self.eval_step = jax.jit(make_eval_step(definition, output), out_shardings=replicated)
     step = make_train_step(
       definition,
       self.optimizer,
@@ -63,8 +64,11 @@ class Program:
       bias_rate=bias_rate,
       average_rate=average_rate,
       consistency=consistency,
+      output=output,
     )
-    self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(None, replicated))
+    # where the state lay before: left to itself the compiler may cut a norm's scale, and refuse it in the next step
+    kept = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+    self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(kept, replicated))
     self._compiled: Any = None
 
   @property

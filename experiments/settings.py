@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from experiments.errors import BadInput
+from experiments.later import with_later
 from experiments.schema import Rule, read, refuse
 
 _at_least_1 = Rule('at least 1', lambda value: value >= 1)
@@ -54,6 +55,8 @@ class DataSettings:
   mask_rate: Annotated[float, _fraction]
   image_size: Annotated[int, _not_negative]
   normalization: Literal['signed', 'standard']
+  augment: Literal['shift', 'inception', 'none']
+  eval_crop: Annotated[float, _share]
   data_dir: str
   allow_changed_stream: bool
 
@@ -129,10 +132,13 @@ class ModelSettings:
   attention: Literal['grouped', 'latent', 'experts', 'switch_head']
   latent: LatentSettings
   heads: HeadSettings
+  positions: Literal['rotary', 'relative']
   rope_theta: Annotated[float, _positive]
   vocab_size: Annotated[int, _not_negative]
   tie_embeddings: bool
   patch_size: Annotated[int, _at_least_1]
+  output: Literal['softmax', 'sigmoid']
+  head_bias: float
   dtype: Literal['auto', 'float32', 'bfloat16']
   unroll: Annotated[int, _at_least_1]
   remat: Literal['none', 'full', 'dots']
@@ -158,7 +164,16 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdafactorSettings:
+  clip_threshold: Annotated[float, _not_negative]
+  parameter_scale: bool
+  factor_from: Annotated[int, _at_least_2]
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimSettings:
+  name: Literal['adamw', 'adafactor']
+  adafactor: AdafactorSettings
   schedule: Literal['cosine', 'trapezoid', 'rsqrt', 'constant']
   learning_rate: Annotated[float, _positive]
   warmup_steps: Annotated[int, _not_negative]
@@ -169,6 +184,7 @@ class OptimSettings:
   b2: Annotated[float, _below_one]
   eps: Annotated[float, _positive]
   weight_decay: Annotated[float, _not_negative]
+  decay_of: dict[str, Annotated[float, _not_negative]]  # by the end of a parameter's path
   clip_norm: Annotated[float, _not_negative]
   bias_rate: Annotated[float, _not_negative]
   average_rate: Annotated[float, _fraction]
@@ -232,7 +248,7 @@ class Settings:
     values = config.to_dict() if hasattr(config, 'to_dict') else config
     if not isinstance(values, Mapping):
       raise BadInput(f'a config must be a ConfigDict or a dict, not a {type(config).__name__}')
-    settings = read(cls, values)
+    settings = read(cls, with_later(values))
     _check_model(settings.model)
     _check_together(settings)
     return dataclasses.replace(settings, model=_resolved(settings.model))
@@ -260,6 +276,7 @@ def _check_model(model: ModelSettings) -> None:
     _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
   if model.attention != 'grouped':
     _check_attention(model)
+  _check_of_kind(model)
   moe = model.moe
   if model.depth.layers != 'none':
     _check_layers('model.depth.layers', model.depth.layers, model.depth_layers, model.num_layers)
@@ -298,9 +315,25 @@ def _check_pyramid(model: ModelSettings) -> None:
     )
 
 
+def _check_of_kind(model: ModelSettings) -> None:
+  """What only an image model has, and what only the others have."""
+  if model.kind == 'vit' and model.positions != 'rotary':
+    raise refuse(
+      'model.positions',
+      model.positions,
+      "'rotary' for model.kind='vit', which has a table of its own",
+    )
+  for key, usual in (('output', 'softmax'), ('head_bias', 0.0)):
+    if model.kind != 'vit' and getattr(model, key) != usual:
+      raise refuse(f'model.{key}', getattr(model, key), f'{usual!r} for model.kind={model.kind!r}')
+
+
 def _check_attention(model: ModelSettings) -> None:
   if model.kind == 'vit':
     raise refuse('model.attention', model.attention, "'grouped' for model.kind='vit'")
+  if model.positions != 'rotary':
+    text = f"'rotary' with model.attention={model.attention!r}"
+    raise refuse('model.positions', model.positions, text)
   if model.qk_norm:
     why = ', which norms its latents' if model.attention == 'latent' else ''
     raise refuse('model.qk_norm', True, f'False with model.attention={model.attention!r}{why}')
@@ -340,6 +373,8 @@ def _check_together(settings: Settings) -> None:
   if objective not in _OBJECTIVES[kind]:
     accepted = f'{" or ".join(_OBJECTIVES[kind])} for model.kind={kind!r}'
     raise refuse('data.objective', objective, accepted)
+  if settings.optim.consistency and settings.model.output == 'sigmoid':
+    raise refuse('optim.consistency', settings.optim.consistency, "0 with model.output='sigmoid'")
   axes = {name: size for name, size in vars(settings.mesh).items() if size == -1}
   if len(axes) > 1:
     raise BadInput(

@@ -81,8 +81,9 @@ def predict(
 ) -> tuple[jax.Array, ModelStats]:
   """Logits and routing of one batch.
 
-  Text: tokens, targets, segment_ids, positions and loss_mask `[B, S]`. Images: image `[B, I, J, Q]`, label `[B]`, and
-  in evaluation valid `[B]`. Either may have what routers look at beside the tokens, names of `SIDE`.
+  Text: tokens, targets, segment_ids, positions and loss_mask `[B, S]`. Images: image `[B, I, J, Q]`, label `[B]`, or of
+  images with several labels `[B, K]` filled up with -1, and in evaluation valid `[B]`. Either may have what routers
+  look at beside the tokens, names of `SIDE`.
   """
   side = {name: batch[name] for name in SIDE if name in batch}
   if 'image' in batch:
@@ -102,29 +103,60 @@ def predict(
 def to_predict(batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Targets, and which of them count."""
   if 'image' in batch:
-    return batch['label'], batch.get('valid', jnp.ones(batch['label'].shape, bool))
+    return batch['label'], batch.get('valid', jnp.ones(batch['label'].shape[:1], bool))
   return batch['targets'], batch['loss_mask']
 
 
 def totals(
-  model, batch: Batch, rng: jax.Array | None, progress: jax.Array | None, train: bool
+  model,
+  batch: Batch,
+  rng: jax.Array | None,
+  progress: jax.Array | None,
+  train: bool,
+  output: str = 'softmax',
 ) -> Totals:
   """Cross-entropy of one batch, summed over what is to be predicted."""
   logits, stats = predict(model, batch, rng, progress, train)
-  return totals_of(logits, stats, batch)
+  return totals_of(logits, stats, batch, output)
 
 
-def totals_of(logits: jax.Array, stats: ModelStats, batch: Batch) -> Totals:
-  """The sums of these predictions."""
+def totals_of(
+  logits: jax.Array, stats: ModelStats, batch: Batch, output: str = 'softmax'
+) -> Totals:
+  """The sums of these predictions, by an entry of `OUTPUTS`."""
   targets, predicted = to_predict(batch)
-  loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-  guess = logits.argmax(-1).astype(targets.dtype)
+  loss, correct = OUTPUTS[output](logits, targets)
   return Totals(
     loss=jnp.where(predicted, loss, 0).sum(),
-    correct=(predicted & (guess == targets)).sum(dtype=loss.dtype),
+    correct=(predicted & correct).sum(dtype=loss.dtype),
     count=predicted.sum(dtype=loss.dtype),
     stats=stats,
   )
+
+
+def softmax_output(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy of one target each, nats, and whether the largest logit is it."""
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return loss, logits.argmax(-1).astype(targets.dtype) == targets
+
+
+def sigmoid_output(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Binary cross-entropy of logits `[B, O]`, nats summed over the classes, and whether the largest logit is a label.
+
+  A label, or labels `[B, K]` of which -1 is none. As Soft MoE is trained (Puigcerver et al. 2023, appendix), and what
+  it calls precision at 1.
+  """
+  labels = targets if targets.ndim == 2 else targets[:, None]
+  found = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype).max(
+    axis=1
+  )  # [B, K, O] -> [B, O]
+  loss = optax.sigmoid_binary_cross_entropy(logits, found).sum(axis=-1)
+  guess = logits.argmax(-1).astype(labels.dtype)
+  return loss, (labels == guess[:, None]).any(axis=-1)
+
+
+OUTPUTS = {'softmax': softmax_output, 'sigmoid': sigmoid_output}
+"""`(logits, targets) -> (loss, whether right)` of every prediction."""
 
 
 def totals_of_two(model, batch: Batch, rng: jax.Array, progress: jax.Array | None) -> Totals:
@@ -151,6 +183,7 @@ def make_train_step(
   bias_rate: float,
   average_rate: float = 0.0,
   consistency: float = 0.0,
+  output: str = 'softmax',
 ) -> Callable[[TrainState, Batch, Control], tuple[TrainState, Metrics]]:
   """The step `(state, batch, control) -> (state, metrics)`; a pure function, to be compiled with the state donated.
 
@@ -165,6 +198,7 @@ def make_train_step(
       et al. 2023); 0 for none.
     consistency: THOR's two passes a step (Zuo et al. 2022): half of `CE_1 + CE_2 + consistency * divergence`; 0 for one
       pass.
+    output: an entry of `OUTPUTS`.
 
   A step whose loss or gradient is not finite changes nothing but the counters.
   """
@@ -172,7 +206,9 @@ def make_train_step(
   losses_of = {**(other_losses or {}), 'moe': losses}
 
   def objective(params, routing, batch, rng, progress):
-    run = functools.partial(_training_totals, definition, routing, progress, consistency > 0)
+    run = functools.partial(
+      _training_totals, definition, routing, progress, consistency > 0, output
+    )
     sums = sum_over_microbatches(run, params, batch, rng, microbatches)
     loss = sums.loss / jnp.maximum(sums.count, 1)
     if sums.divergence is not None:
@@ -228,6 +264,7 @@ def _training_totals(
   routing: Any,
   progress: jax.Array,
   twice: bool,
+  output: str,
   params: Any,
   batch: Batch,
   rng: jax.Array,
@@ -235,7 +272,7 @@ def _training_totals(
   model = definition.model(params, routing)
   if twice:
     return totals_of_two(model, batch, rng, progress)
-  return totals(model, batch, rng, progress, train=True)
+  return totals(model, batch, rng, progress, train=True, output=output)
 
 
 def sum_over_microbatches(
@@ -313,10 +350,12 @@ def joined(records: list[Metrics]) -> Metrics:
   return jax.tree.map(join, *records)
 
 
-def make_eval_step(definition: ModelDef) -> Callable[[Any, Any, Batch], Totals]:
+def make_eval_step(
+  definition: ModelDef, output: str = 'softmax'
+) -> Callable[[Any, Any, Batch], Totals]:
   """`(params, routing, batch) -> Totals`: no noise, evaluation capacities."""
 
   def step(params: Any, routing: Any, batch: Batch) -> Totals:
-    return totals(definition.model(params, routing), batch, None, None, train=False)
+    return totals(definition.model(params, routing), batch, None, None, train=False, output=output)
 
   return step

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import BadInput, StorageError
+from experiments.later import with_later
 
 # What may change between two resumes of one run: neither the shape nor the meaning of the saved state hangs on it.
 # microbatches and mesh only change the order of additions; the learning rate is a function of the step, so that a
@@ -29,6 +30,7 @@ MAY_CHANGE = (
   'microbatches',
   'allow_leak',
   'profile',
+  'data.eval_crop',
   'data.data_dir',
   'data.allow_changed_stream',
   'optim.schedule',
@@ -38,6 +40,7 @@ MAY_CHANGE = (
   'optim.timescale',
   'optim.final_fraction',
   'optim.weight_decay',
+  'optim.decay_of',
   'model.dtype',
   'model.remat',
   'model.unroll',
@@ -153,7 +156,9 @@ def _changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
   file = config_path(workdir)
   if not file.is_file():
     return []
-  was, now = _flat(read_json(file)), _flat(json.loads(json.dumps(config)))
+  was, now = (
+    _flat(with_later(values)) for values in (read_json(file), json.loads(json.dumps(config)))
+  )
   lines = []
   for key in sorted(was.keys() | now.keys()):
     old, new = was.get(key, 'absent'), now.get(key, 'absent')

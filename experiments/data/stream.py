@@ -25,7 +25,7 @@ from experiments.data.images import (
   Shape,
   image_task,
   inspect_image,
-  shift,
+  preparation,
   to_float,
 )
 from experiments.data.records import Dataset, load_index
@@ -52,6 +52,7 @@ class Content:
   tokenizer: Tokenizer | None = None
   image_shape: Shape | None = None
   num_classes: int | None = None
+  num_labels: int | None = None
   num_bytes: int | None = None
 
 
@@ -96,6 +97,11 @@ class Stream:
     return self.content.num_classes
 
   @property
+  def num_labels(self) -> int | None:
+    """K, the most labels of an image; None where each has exactly one, and for text."""
+    return self.content.num_labels
+
+  @property
   def num_bytes(self) -> int | None:
     """Bytes of text in one pass, for bits per byte; None for images."""
     return self.content.num_bytes
@@ -108,8 +114,8 @@ class Stream:
     """This process's share of batch `step`, each array [batch_size / process_count, ...].
 
     Text: tokens, targets, segment_ids, positions int32 and loss_mask bool, all [B, S]. Images:
-    image float32 [B, I, J, Q], label int32 [B]. Evaluation adds `valid` bool [B], False for the
-    rows that fill the last batch: they repeat the last item, with loss_mask False.
+    image float32 [B, I, J, Q], label int32 [B] (or [B, K], see `Images`). Evaluation adds `valid` bool [B], False for
+    the rows that fill the last batch: they repeat the last item, with loss_mask False.
 
     Raises:
       IndexError: negative step, or in evaluation a step past the end of the pass.
@@ -148,6 +154,8 @@ def make_stream(
   train: bool = True,
   image_size: int | None = None,
   normalization: str = 'signed',
+  augment: str = 'shift',
+  eval_crop: float = 1.0,
 ) -> Stream:
   """The stream of one split of a data set.
 
@@ -161,9 +169,11 @@ def make_stream(
     tokenizer: see tokenizers.py; text only.
     mask_rate: fraction of the positions to predict; 'masked' only.
     data_dir: prepared data; default the environment's MOEJAX_DATA, else ~/.cache/moejax/data.
-    train: shuffled anew each epoch, endless, images shifted; else one pass in order.
+    train: shuffled anew each epoch, endless, images augmented; else one pass in order.
     image_size: crop to the central square and scale to this side; images only.
     normalization: 'signed' ([-1, 1]) or 'standard' (mean 0, deviation 1 per image); images only.
+    augment: of training images: 'shift' by up to two pixels, 'inception' crops and flips, 'none'.
+    eval_crop: side of the central square that evaluation sees, as a part of the shorter side.
 
   Raises:
     BadInput: an argument that cannot be served.
@@ -175,7 +185,7 @@ def make_stream(
 
   dataset, index_dir = open_dataset(name, split, data_dir), resolve_data_dir(data_dir)
   if objective == 'classify':
-    content = _open_images(dataset, index_dir, image_size, normalization, train)
+    content = _open_images(dataset, index_dir, image_size, normalization, augment, eval_crop, train)
   else:
     rate = mask_rate if objective == 'masked' else None
     content = _open_text(dataset, index_dir, tokenizer, sequence_length, rate, train)
@@ -215,7 +225,13 @@ def _pipeline(content: Content, seed: int, train: bool) -> Any:
 
 
 def _open_images(
-  dataset: Dataset, index_dir: Path, image_size: int | None, normalization: str, train: bool
+  dataset: Dataset,
+  index_dir: Path,
+  image_size: int | None,
+  normalization: str,
+  augment: str,
+  eval_crop: float,
+  train: bool,
 ) -> Content:
   if normalization not in NORMALIZATIONS:
     raise BadInput(f'normalization={normalization!r} is not one of {", ".join(NORMALIZATIONS)}')
@@ -223,15 +239,21 @@ def _open_images(
   inspect = functools.partial(
     inspect_image, shape=shape, num_classes=num_classes, image_size=image_size
   )
+  fit, random_map = preparation(shape, image_size, augment, eval_crop, train)
   index = load_index(dataset, inspect, f'{shape} {num_classes} {bool(image_size)}', index_dir)
+  # settings that came later are told where they matter: runs from before go on
+  changed: dict[str, Any] = {'augment': augment} if train and augment != 'shift' else {}
+  changed |= {'eval_crop': eval_crop} if eval_crop < 1 and not train else {}
+  items = Images(dataset, index, fit)
   return Content(
-    items=Images(dataset, index, image_size),
+    items=items,
     skipped=index.skipped,
-    fingerprint={'image_shape': list(shape), 'normalization': normalization},
-    random_map=shift if train else None,
+    fingerprint={'image_shape': list(shape), 'normalization': normalization, **changed},
+    random_map=random_map,
     map=functools.partial(to_float, normalization=normalization),
     image_shape=shape,
     num_classes=num_classes,
+    num_labels=items.num_labels,
   )
 
 

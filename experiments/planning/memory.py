@@ -7,10 +7,11 @@ the counts of such arrays fitted to programs compiled for TPUs (experiments/resu
 from __future__ import annotations
 
 from experiments.planning.workload import Layout, Workload
+from experiments.settings import OptimSettings
 
 GROUPS = ('parameters', 'optimizer', 'gradients', 'activations', 'buffers')
-"""Groups of tensors: float32 weights, two moments, sums of gradients, inputs of layers that the backward pass starts
-from, and what the largest layer works with."""
+"""Groups of tensors: float32 weights, the optimizer's moments, sums of gradients, inputs of layers that the backward
+pass starts from, and what the largest layer works with."""
 
 SPARE = 1.25
 """What the compiler allocates of buffers over what lives at once by the shapes: fitted, as said above."""
@@ -28,11 +29,19 @@ def memory(work: Workload, layout: Layout) -> Memory:
   biases = sum(elements * 4 for tensor, elements in work.classes if not tensor.trained)
   return {
     'parameters': state + biases,
-    'optimizer': 2 * state,
+    'optimizer': moments(work.settings.optim) * state,
     'gradients': state * (2 if layout.microbatches > 1 else 1),  # the sum, and what is added to it
     'activations': activations(work, layout),
     'buffers': buffers(work, layout),
   }
+
+
+def moments(optim: OptimSettings) -> float:
+  """Copies of the float32 weights that the optimizer holds: two of Adam's; of Adafactor's first moment half a one, and
+  its factors are as good as nothing."""
+  if optim.name == 'adamw':
+    return 2.0
+  return 0.5 if optim.b1 else 0.0
 
 
 def activations(work: Workload, layout: Layout) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from experiments.planning.chips import Level, Topology, levels
 from experiments.planning.memory import experts as expert_bytes
+from experiments.planning.memory import moments
 from experiments.planning.traffic import Move, moves, runs
 from experiments.planning.workload import Layout, Workload
 
@@ -76,7 +77,7 @@ def memory_bytes(work: Workload, layout: Layout) -> float:
   others = tuple(axis for axis in layout.sizes if axis != 'fsdp')
   for tensor, elements in work.classes:
     state += (
-      elements / tensor.shards(layout.sizes) * 7 * 4
+      elements / tensor.shards(layout.sizes) * (3 + 2 * moments(work.settings.optim)) * 4
     )  # weights, moments: read and written; gradients: read
     weights += elements / tensor.shards(layout.sizes, others) * work.width * (forward + 2)
   # attention written out: scores and exponentials come and go, twice in the backward pass

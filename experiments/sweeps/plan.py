@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.errors import BadInput
+from experiments.later import without_later
 from experiments.schema import unknown_key
 from experiments.settings import Settings
 
@@ -31,7 +32,7 @@ class Run:
     changes: what it changes in the base, by dotted key.
     config: the resolved config, a plain dict.
     settings: the same, checked.
-    key: hash of the resolved config; the name of the run's folder.
+    key: hash of the resolved config (`experiments.later`); the name of the run's folder.
   """
 
   changes: Mapping[str, Any]
@@ -93,8 +94,13 @@ def _resolve(
     settings = Settings.from_config(values)
   except BadInput as error:
     raise BadInput(f'{where}: {error}') from error
-  digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-  return Run(changes, values, settings, digest)
+  key = digest(json.dumps(without_later(values), sort_keys=True))
+  return Run(changes, values, settings, key)
+
+
+def digest(text: str) -> str:
+  """The name of a folder for what `text` says."""
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _get(config: ConfigDict, dotted: str) -> Any:

@@ -51,6 +51,7 @@ RULES: tuple[Rule, ...] = (
   (r'moe/([a-z]+/)?router/bias', ()),
   # the rest of a block: width of the model over `fsdp`, heads and hidden width over `tensor`
   (r'(attention/(query|key|value)|ffn/(gate|up))/weight', ('fsdp', 'tensor')),
+  (r'attention/bias/relative_positions', ()),
   # latent attention: narrow on one side, which a large axis does not divide
   (r'attention/(query|kv)_down/weight', ('fsdp', None)),
   (r'attention/(query|kv)_up/weight', (None, 'fsdp')),
@@ -117,7 +118,15 @@ def param_shardings(mesh: Mesh, params: Any, rules: Sequence[Rule] = RULES) -> A
 
 
 def like_params(mesh: Mesh, tree: Any, params: Any, shardings: Any) -> Any:
-  """Shardings of a tree that holds copies of `params` (optimizer state): by path and shape, else replicated."""
+  """Shardings of a tree that follows `params` (optimizer state), by path and shape; scalars are on every device.
+
+  A leaf of its parameter's shape lies as the parameter does. One of that shape without one axis (Adafactor's factors)
+  lies as what is left of it; where two axes are equally long, so that either may be the one that is gone, an axis on
+  which the two readings differ is not sharded. An array of one element (a factor that is not used) is on every device.
+
+  Raises:
+    ValueError: an array that follows no parameter.
+  """
   known = {
     path_name(path): (leaf.shape, sharding)
     for (path, leaf), sharding in zip(
@@ -131,8 +140,25 @@ def like_params(mesh: Mesh, tree: Any, params: Any, shardings: Any) -> Any:
       shape, sharding = known.get(path_name(path[start:]), (None, None))
       if shape == leaf.shape:
         return sharding
-    if leaf.ndim:
+      if shape is not None and leaf.ndim == len(shape) - 1:
+        spec = factor_spec(shape, leaf.shape, sharding.spec)
+        if spec is not None:
+          return NamedSharding(mesh, spec)
+    if leaf.size > 1:
       raise ValueError(f'{name} of shape {leaf.shape} follows no parameter')
     return NamedSharding(mesh, P())
 
   return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def factor_spec(shape: tuple[int, ...], factor: tuple[int, ...], spec: P) -> P | None:
+  """The partition of a factor, an array of `shape` without one axis; None where it is not that."""
+  axes = (*spec, *(None,) * (len(shape) - len(spec)))
+  readings = [
+    axes[:gone] + axes[gone + 1 :]
+    for gone in range(len(shape))
+    if shape[:gone] + shape[gone + 1 :] == factor
+  ]
+  if not readings:
+    return None
+  return P(*(each[0] if len(set(each)) == 1 else None for each in zip(*readings, strict=True)))

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.transformer.linear import Init, Linear, RMSNorm, fan_in_init, master_dtype
+from moejax.transformer.relative import RelativeBias
 from moejax.transformer.rotary import rotate
 
 
@@ -54,25 +55,28 @@ def attend(
   visible: Visible | None,
   *,
   causal: bool,
+  bias: Float[Array, 'N S S'] | None = None,
   implementation: Literal['cudnn'] | None = None,
 ) -> Float[Array, 'B S N H_v']:
   """Softmax attention; query head n reads key and value head n // (N / M). The softmax is float32 or wider.
 
+  `bias` is added to the scores of every query (second axis) and key (third), after their division by the root of H.
   `implementation='cudnn'` asks for cuDNN's flash attention (NVIDIA, 16-bit inputs) and never falls back.
   Without it the formula is written out here and not left to `jax.nn.dot_product_attention`, whose softmax
   is float32 even of float64 inputs, and whose gradient of bfloat16 fails under strict dtype promotion.
   """
   if implementation is None:
-    y = softmax_attention(q, k, v, visible, causal=causal)
+    y = softmax_attention(q, k, v, visible, bias, causal=causal)
   else:
     mask = None if visible is None else visible.keys[:, None, :, :]  # [B, 1, S, S]
+    added = None if bias is None else bias[None, :, :, :].astype(q.dtype)
     y = jax.nn.dot_product_attention(
-      q, k, v, mask=mask, is_causal=causal, implementation=implementation
+      q, k, v, bias=added, mask=mask, is_causal=causal, implementation=implementation
     )
   return y if visible is None else jnp.where(visible.rows[:, :, None, None], y, jnp.zeros_like(y))
 
 
-def softmax_attention(q, k, v, visible, *, causal):
+def softmax_attention(q, k, v, visible, bias=None, *, causal):
   """As `attend`, but for rows that may attend to nothing: these average over all values."""
   b, s, n, h = q.shape
   m = k.shape[2]
@@ -81,6 +85,8 @@ def softmax_attention(q, k, v, visible, *, causal):
   q = q.reshape(b, m, (n // m) * s, h)  # a key head's queries are rows of one matrix
   scores = jnp.einsum('bmqh,bmkh->bmqk', q, k, preferred_element_type=wide) / h**0.5
   scores = scores.reshape(b, n, s, s)
+  if bias is not None:
+    scores = scores + bias[None, :, :, :].astype(wide)
   if causal:
     scores = jnp.where(jnp.tri(s, dtype=bool)[None, None, :, :], scores, jnp.finfo(wide).min)
   if visible is not None:
@@ -98,6 +104,7 @@ class Attention(nnx.Module):
 
   `qk_norm`: RMSNorm over each query and key head before rotation (Henry et al. 2020; Dehghani et al. 2023);
   `qk_norm_scope='all'`: over all heads of a token at once (OLMoE, Muennighoff et al. 2024).
+  `relative`: biases by distance (relative.py), in place of a rotation or beside it.
 
   Raises:
     ValueError: if num_kv_heads does not divide num_heads.
@@ -114,6 +121,7 @@ class Attention(nnx.Module):
     qk_norm: bool = False,
     qk_norm_scope: Literal['head', 'all'] = 'head',
     use_bias: bool = False,
+    relative: bool = False,
     implementation: Literal['cudnn'] | None = None,
     out_init: Init = fan_in_init,
     dtype=jnp.float32,
@@ -131,6 +139,7 @@ class Attention(nnx.Module):
     widths = (num_heads * head_dim, num_kv_heads * head_dim) if self.norm_all else (head_dim,) * 2
     norms = [RMSNorm(width, dtype=dtype, rngs=rngs) if qk_norm else None for width in widths]
     self.query_norm, self.key_norm = norms
+    self.bias = RelativeBias(num_heads, causal=causal, dtype=dtype, rngs=rngs) if relative else None
 
   def __call__(
     self,
@@ -147,7 +156,8 @@ class Attention(nnx.Module):
       q, k = self.query_norm(q), self.key_norm(k)
     if rotation is not None:
       q, k = rotate(q, *rotation), rotate(k, *rotation)
-    y = attend(q, k, v, visible, causal=self.causal, implementation=self.implementation)
+    bias = None if self.bias is None else self.bias(x.shape[1])
+    y = attend(q, k, v, visible, causal=self.causal, bias=bias, implementation=self.implementation)
     return self.out(y.reshape(*x.shape[:2], -1))  # [B, S, N, H] -> [B, S, N * H]
 
   def _heads(self, x):

@@ -35,6 +35,8 @@ class Decoder(nnx.Module):
     qk_norm: RMSNorm over each query and key head, or with qk_norm_scope='all' over all of them at once.
     latent: sizes of latent attention, in place of grouped queries; None for these.
     heads: makes the attention of one block, in place of either, such as moejax/moe/attention_experts.py.
+    positions: 'rotary', or 'relative': biases by distance in every layer (T5). A distance is that of two places of a
+      row, whatever `positions` of a call says; inside a packed document the two agree.
     rope_theta: base of the rotary frequencies.
     tie_embeddings: the output layer is the transposed embedding table.
     moe: makes one mixture, `y, aux = layer(x, context)`; the layers named in `moe_layers` hold one each. Or several
@@ -52,8 +54,8 @@ class Decoder(nnx.Module):
   stream 1 / sqrt(2 * num_layers) of it, embeddings normal(0.02) (Radford et al. 2019, section 2.3).
 
   Raises:
-    ValueError: for sizes that do not divide, options that latent attention does not have, and for moe_layers
-      without moe or out of range.
+    ValueError: for sizes that do not divide, an unknown `positions`, options that latent attention does not have, and
+      for moe_layers without moe or out of range.
   """
 
   def __init__(
@@ -70,6 +72,7 @@ class Decoder(nnx.Module):
     qk_norm_scope: Literal['head', 'all'] = 'head',
     latent: Latent | None = None,
     heads: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    positions: str = 'rotary',
     rope_theta: float = 10000.0,
     tie_embeddings: bool = True,
     activation: str = 'silu',
@@ -93,6 +96,11 @@ class Decoder(nnx.Module):
       raise ValueError(
         f'heads with latent={latent}, qk_norm={qk_norm}, attention={attention!r}: accepted are None, False and None'
       )
+    other = latent or heads
+    if positions not in ('rotary', 'relative') or (other and positions != 'rotary'):
+      accepted = "'rotary'" if other else "'rotary' or 'relative'"
+      raise ValueError(f'positions={positions!r} is not {accepted}')
+    self.rotates = positions == 'rotary'
     if latent and (num_kv_heads not in (None, num_heads) or qk_norm or attention):
       raise ValueError(
         f'latent attention with num_kv_heads={num_kv_heads}, qk_norm={qk_norm}, attention={attention!r}: '
@@ -121,6 +129,7 @@ class Decoder(nnx.Module):
           causal=causal,
           qk_norm=qk_norm,
           qk_norm_scope=qk_norm_scope,
+          relative=positions == 'relative',
           implementation=attention,
           **options,
         )
@@ -193,11 +202,11 @@ class Decoder(nnx.Module):
     progress: jax.Array | None = None,
     side: Mapping[str, jax.Array] | None = None,
     train: bool = False,
-  ) -> tuple[Float[Array, 'B S D'], Context, tuple[jax.Array, jax.Array], Visible | None]:
+  ) -> tuple[Float[Array, 'B S D'], Context, tuple[jax.Array, jax.Array] | None, Visible | None]:
     """What the first block is called with; arguments as of a call."""
     counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]  # [1, S] serves every sequence
     places = counted if positions is None else positions
-    turn = rotation(places, self.rotary_dim, theta=self.rope_theta)
+    turn = rotation(places, self.rotary_dim, theta=self.rope_theta) if self.rotates else None
     fields: dict[str, Any] = dict(side or {})
     context = Context(
       mask=mask,

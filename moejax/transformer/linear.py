@@ -50,11 +50,13 @@ class Linear(nnx.Module):
     use_bias: bool = False,
     dtype=jnp.float32,
     init: Init = fan_in_init,
+    bias_init: Init = zeros_init,
     rngs: nnx.Rngs,
   ):
     self.dtype = jnp.dtype(dtype)
     self.weight = nnx.Param(init(rngs.params(), (d_in, d_out), master_dtype(dtype)))
-    self.bias = nnx.Param(jnp.zeros((d_out,), master_dtype(dtype))) if use_bias else None
+    bias = bias_init(None, (d_out,), master_dtype(dtype)) if use_bias else None
+    self.bias = None if bias is None else nnx.Param(bias)
 
   def __call__(
     self, x: Float[Array, '... d_in'], *, wide: bool = False

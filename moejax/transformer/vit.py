@@ -36,6 +36,7 @@ class ViT(nnx.Module):
     image_shape: (height, width, channels).
     patch_size: side of a square patch in pixels.
     positions: 'learned' table, or fixed 'sincos' (Chen et al. 2021, MoCo v3).
+    head_bias: where the biases of the head begin; -ln(classes) for sigmoid outputs in Soft MoE.
     moe, moe_layers, moe_shared, remat, unroll, attention, dtype: as of Decoder.
 
   Raises:
@@ -55,6 +56,7 @@ class ViT(nnx.Module):
     qk_norm: bool = False,
     activation: str = 'gelu',
     positions: str = 'learned',
+    head_bias: float = 0.0,
     moe: MakeMixture | Sequence[MakeMixture] | None = None,
     moe_layers: tuple[int, ...] = (),
     moe_shared: Callable[[nnx.Rngs], nnx.Module] | None = None,
@@ -92,7 +94,13 @@ class ViT(nnx.Module):
       make_block, kinds, remat=remat, unroll=unroll, make_shared=moe_shared, rngs=rngs
     )
     self.norm = LayerNorm(d_model, dtype=dtype, rngs=rngs)
-    self.head = Linear(d_model, num_classes, init=zeros_init, **options)
+    self.head = Linear(
+      d_model,
+      num_classes,
+      init=zeros_init,
+      bias_init=nnx.initializers.constant(head_bias),
+      **options,
+    )
 
   def __call__(
     self,

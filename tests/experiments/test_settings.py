@@ -43,6 +43,7 @@ def _config_keys(config, prefix=''):
       'model.heads.options',
       'model.heads.router',
       'model.heads.losses',
+      'optim.decay_of',
     )
     keys |= _config_keys(value, f'{prefix}{name}.') if nested else {prefix + name}
   return keys

@@ -12,7 +12,14 @@ from flax import nnx
 
 from experiments.place import place_batch
 from experiments.state import ModelDef, make_state
-from experiments.step import Control, layer_losses, make_eval_step, make_train_step
+from experiments.step import (
+  OUTPUTS,
+  Control,
+  layer_losses,
+  make_eval_step,
+  make_train_step,
+  totals_of,
+)
 from moejax import MoE
 from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.moe.exchange import AllGather, single
@@ -224,3 +231,29 @@ def test_experts_move_towards_each_other_and_two_passes_towards_agreement():
       np.testing.assert_allclose(moved, 0.8 * old + 0.2 * others, atol=1e-6)
     else:
       np.testing.assert_array_equal(moved, old)
+
+
+def test_sigmoid_outputs_have_the_binary_cross_entropy_of_every_class(rng):
+  """Images with one, two and no labels of four classes, by the definition; a row that is not valid counts nothing."""
+  logits = rng.normal(size=(4, 4)).astype(np.float32) * 3
+  labels = np.array([[2, -1], [0, 3], [-1, -1], [1, -1]], np.int32)
+  found = [{label for label in row if label >= 0} for row in labels.tolist()]
+  losses = []
+  for row, own in zip(logits.astype(np.float64), found, strict=True):
+    p = 1 / (1 + np.exp(-row))
+    losses.append(-sum(np.log(p[o]) if o in own else np.log(1 - p[o]) for o in range(4)))
+  right = [row.argmax() in own for row, own in zip(logits, found, strict=True)]
+  valid = np.array([True, True, True, False])
+  images = {'image': None, 'label': jnp.asarray(labels), 'valid': jnp.asarray(valid)}
+  sums = totals_of(jnp.asarray(logits), None, images, 'sigmoid')
+  np.testing.assert_allclose(sums.loss, sum(losses[:3]), rtol=1e-5)
+  assert (int(sums.correct), int(sums.count)) == (sum(right[:3]), 3)
+
+
+def test_one_label_is_a_list_of_one(rng):
+  logits = jnp.asarray(rng.normal(size=(5, 3)).astype(np.float32))
+  labels = jnp.asarray([0, 2, 1, 1, 0], jnp.int32)
+  for one, several in zip(
+    OUTPUTS['sigmoid'](logits, labels), OUTPUTS['sigmoid'](logits, labels[:, None]), strict=True
+  ):
+    np.testing.assert_array_equal(one, several)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments.data.images import MAX_SHIFT, resize, shift, to_float
+from experiments.data.crop import resize
+from experiments.data.images import MAX_SHIFT, shift, to_float
 from experiments.errors import BadInput
 
 
