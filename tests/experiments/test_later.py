@@ -23,9 +23,12 @@ def test_the_values_are_the_defaults_and_old_configs_are_read_as_if_they_had_the
   config = common.get_config().to_dict()
   old = without_later(config)
   for dotted, usual in LATER.items():
-    section, key = dotted.split('.')
-    assert config[section][key] == usual
-    assert key not in old[section]
+    *sections, key = dotted.split('.')
+    new_section, old_section = config, old
+    for section in sections:
+      new_section, old_section = new_section[section], old_section[section]
+    assert new_section[key] == usual
+    assert key not in old_section
   assert with_later(old) == config
   assert Settings.from_config(old) == Settings.from_config(config)
 
