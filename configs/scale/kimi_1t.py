@@ -3,13 +3,14 @@
 Sizes are those of config.json of moonshotai/Kimi-K2-Base: 61 layers, the first dense; latent attention with half of
 DeepSeek-V3's heads; 8 of 384 experts in a single group, one shared expert, a balancing bias.
 
-Paper: Kimi K2, 2025 (arXiv 2507.20534): 1.04T parameters, 32.6B of them active (its config.json makes 1.03T); 15.5T
+Paper: Kimi K2, 2025 (arXiv 2507.20534): 1.04T parameters, 32.6B of them active (its weights have 1.03T); 15.5T
   tokens, batches of 67M tokens, 2e-4.
 Command: scripts/python -m experiments.plan --config configs/scale/kimi_1t.py --topology v5p:16x16x16
   (to train: -m experiments.train with the same config and the mesh that the plan names)
 Machine: not yet run; planned for v5p:16x16x16, see experiments/results/plans.
 Time: not yet run; the plan has its estimate.
-Expect: not yet run. Parameters: 1,026,408,209,408 in all, 32.9 billion work on a token.
+Expect: not yet run. Parameters: 1,026,408,209,408 in all, 32.9 billion work on a token; with the
+  biases 1,026,408,232,448, as many as the weights have.
 Seeds: not yet run; --config.seed.
 Deviations: C4 for data that is not public; a tokenizer of at most 163,840 tokens is needed, to which the table is
   padded. AdamW for MuonClip. A cosine for its constant rate with a fall at the end. The coefficient of the sequence

@@ -8,7 +8,8 @@ Command: scripts/python -m experiments.plan --config configs/scale/ling_300b.py 
   (to train: -m experiments.train with the same config and the mesh that the plan names)
 Machine: not yet run; planned for v5p:8x8x8, see experiments/results/plans.
 Time: not yet run; the plan has its estimate.
-Expect: not yet run. Parameters: 290,602,910,976 in all, 29.0 billion work on a token.
+Expect: not yet run. Parameters: 290,602,910,976 in all, 29.0 billion work on a token: what config.json makes, for no
+  count of the weights was found.
 Seeds: not yet run; --config.seed.
 Deviations: C4 for data that is not public; a tokenizer of at most 126,464 tokens is needed, to which the table is
   padded. No NormHead (the head's rows normed; it has no parameters) and no warm-up by random routing. Batch and

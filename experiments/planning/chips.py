@@ -1,4 +1,7 @@
-"""Facts of accelerators and the topologies that are made of them. All rates are of one device and one direction."""
+"""Facts of accelerators and the topologies that are made of them. All rates are of one device and one direction.
+
+Every figure is that of a published page, whose title stands beside it; what no page was found for is called unsourced.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class Chip:
     link: bytes/s one way of one link to a neighbour of the torus (TPU), or of all links inside the node (GPU).
     network: bytes/s one way out of the torus, or out of the node.
     dims: dimensions of the torus; of a GPU cluster 2: devices of a node, nodes.
-    wraps: a dimension of the torus that is a multiple of this is a ring.
+    wraps: what a dimension must be a multiple of to close to a ring; of three dimensions, all of them.
     topology: what libtpu calls the generation in a topology name; empty of a GPU.
     source: where the figures come from.
   """
@@ -38,24 +41,22 @@ class Chip:
   source: str = ''
 
 
-_CLOUD = 'cloud.google.com/tpu/docs'
-_BOOK = 'How to scale your model, Austin et al. 2025, chapter 2 (links at the rate that is reached)'
-_NVIDIA = 'NVIDIA data sheet, dense bfloat16, SXM'
+# Titles of what the figures are from; links of a torus are those of the book, a tenth below the nominal rate.
+_BOOK = "'How to Scale Your Model' (Austin et al. 2025), chapter 2 'How to Think About TPUs': links, network"
+_BASEPOD = "'DGX BasePOD: Core Components': eight ConnectX-7 of 400 Gb/s for eight GPUs"
+_HOPPER = 'with sparsity 1,979 TFLOP/s, NVLink 900 GB/s both ways'
+
+
+def _google(title: str) -> str:
+  return f"Google Cloud documentation '{title}': peak, memory; {_BOOK}"
+
 
 CHIPS: dict[str, Chip] = {
-  'v4': Chip(
-    'tpu', 275e12, 32 * 2**30, 1.228e12, 45e9, 6.25e9, 3, 4, 'v4', f'{_CLOUD}/v4; {_BOOK}'
-  ),
-  'v5e': Chip(
-    'tpu', 197e12, 16 * 2**30, 0.819e12, 45e9, 3.125e9, 2, 16, 'v5e', f'{_CLOUD}/v5e; {_BOOK}'
-  ),
-  'v5p': Chip(
-    'tpu', 459e12, 95 * 2**30, 2.765e12, 90e9, 6.25e9, 3, 4, 'v5p', f'{_CLOUD}/v5p; {_BOOK}'
-  ),
-  'v6e': Chip(
-    'tpu', 918e12, 32 * 2**30, 1.638e12, 90e9, 12.5e9, 2, 16, 'v6e', f'{_CLOUD}/v6e; {_BOOK}'
-  ),
-  # one chip of 2,307 TFLOP/s and 192 GiB is two devices, which share its links
+  'v4': Chip('tpu', 275e12, 32 * 2**30, 1.2e12, 45e9, 6.25e9, 3, 4, 'v4', _google('TPU v4')),
+  'v5e': Chip('tpu', 197e12, 16 * 2**30, 0.819e12, 45e9, 3.125e9, 2, 16, 'v5e', _google('TPU v5e')),
+  'v5p': Chip('tpu', 459e12, 95 * 2**30, 2.765e12, 90e9, 6.25e9, 3, 4, 'v5p', _google('TPU v5p')),
+  'v6e': Chip('tpu', 918e12, 32 * 2**30, 1.638e12, 90e9, 12.5e9, 2, 16, 'v6e', _google('TPU v6e')),
+  # one chip of 2,307 TFLOP/s, 192 GiB, 7,380 GB/s and 100 Gb/s is two devices, which share its links
   '7x': Chip(
     'tpu',
     1153.5e12,
@@ -66,25 +67,64 @@ CHIPS: dict[str, Chip] = {
     3,
     4,
     'tpu7x',
-    f'{_CLOUD}/tpu7x, half a chip',
+    _google('TPU7x (Ironwood)') + '; half a chip',
   ),
-  'a100': Chip('gpu', 312e12, 80e9, 2.039e12, 300e9, 25e9, 2, source=f'{_NVIDIA}; 200 Gb/s a GPU'),
-  'h100': Chip('gpu', 989.4e12, 80e9, 3.35e12, 450e9, 50e9, 2, source=f'{_NVIDIA}; 400 Gb/s a GPU'),
-  'h200': Chip('gpu', 989.4e12, 141e9, 4.8e12, 450e9, 50e9, 2, source=f'{_NVIDIA}; 400 Gb/s a GPU'),
+  'a100': Chip(
+    'gpu',
+    312e12,
+    80e9,
+    2.039e12,
+    300e9,
+    25e9,
+    2,
+    source="NVIDIA data sheet 'A100 80GB SXM': NVLink 600 GB/s both ways; network of 200 Gb/s a GPU: unsourced",
+  ),
+  'h100': Chip(
+    'gpu',
+    989.5e12,
+    80e9,
+    3.35e12,
+    450e9,
+    50e9,
+    2,
+    source=f"NVIDIA product page 'H100 Tensor Core GPU', SXM: {_HOPPER}; {_BASEPOD}",
+  ),
+  'h200': Chip(
+    'gpu',
+    989.5e12,
+    141e9,
+    4.8e12,
+    450e9,
+    50e9,
+    2,
+    source=f"NVIDIA product page 'H200 Tensor Core GPU', SXM: {_HOPPER}; {_BASEPOD}",
+  ),
+  'h800': Chip(
+    'gpu',
+    989.5e12,
+    80e9,
+    3.35e12,
+    160e9,
+    50e9,
+    2,
+    source="'DeepSeek-V3 technical report' (arXiv 2412.19437), section 3.2.2: NVLink 160 GB/s that is reached, network "
+    '50 GB/s; peak and memory taken to be those of an H100: unsourced',
+  ),
   'b200': Chip(
     'gpu',
     2250e12,
     180e9,
-    7.7e12,
+    8e12,
     900e9,
     50e9,
     2,
-    source='NVIDIA DGX B200 data sheet; 400 Gb/s a GPU',
+    source="NVIDIA data sheet 'Blackwell', HGX B200: dense peak; product page 'DGX B200': 1,440 GB, 64 TB/s, NVLink "
+    "14.4 TB/s both ways of eight; 'DGX B200 user guide': eight ConnectX-7 of 400 Gb/s",
   ),
 }
 """Name in a topology -> facts."""
 
-# A torus dimension of a pod: what can be asked for without knowing the pod's wiring.
+# Chips of a pod, from the same pages of Google's documentation.
 _LARGEST = {'v4': 4096, 'v5e': 256, 'v5p': 8960, 'v6e': 256, '7x': 9216}
 _NODE = 8  # GPUs
 
@@ -176,7 +216,11 @@ def levels(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[Level, 
     return _in_nodes(topology, sizes)
   found: dict[str, tuple[Level, ...]] = {}
   points = (*topology.shape, topology.per_chip)
-  left = [(size, size % chip.wraps == 0) for size in points if size > 1]
+  cubes = all(
+    size % chip.wraps == 0 for size in topology.shape
+  )  # optical switches close whole cubes alone
+  rings = [cubes if chip.dims == 3 else size % chip.wraps == 0 for size in topology.shape]
+  left = [(size, ring) for size, ring in zip(points, (*rings, False), strict=False) if size > 1]
   for axis, size in reversed(sizes.items()):
     rate, rest = 0.0, size
     while rest > 1 and left:

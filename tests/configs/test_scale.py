@@ -15,14 +15,22 @@ from experiments.state import ModelDef
 from moejax.mesh.make import make_mesh
 from moejax.transformer.flops import count_params
 
-# Parameters, exactly where weights or config.json fix them (the docstring of each config has the source), and the
-# active ones as published, with the last digit that is printed.
+# Parameters, those of the published weights where these were counted, and the active ones with the last digit that is
+# printed.
 PUBLISHED = {
+  # total_size of model.safetensors.index.json, mistralai/Mixtral-8x7B-v0.1, over 2 bytes; 'Mixtral of experts'
   'mixtral_8x7b': (46_702_792_704, 12.9e9, 0.05e9),
+  # headers of the three shards of allenai/OLMoE-1B-7B-0924; its model card
   'olmoe_1b_7b': (6_919_161_856, 1.3e9, 0.05e9),
+  # headers of the 163 shards of deepseek-ai/DeepSeek-V3 without the module for a second token, and without the biases
+  # below; its README_WEIGHTS.md: 671B and 36.6B
   'deepseek_v3_671b': (671_026_404_352, 36.6e9, 0.05e9),
+  # total_size of model.safetensors.index.json, Qwen/Qwen3-235B-A22B, over 2 bytes; its model card
   'qwen3_235b': (235_093_634_560, 22e9, 0.5e9),
+  # headers of the 61 shards of moonshotai/Kimi-K2-Instruct without the biases below; 'Kimi K2' (arXiv 2507.20534)
   'kimi_1t': (1_026_408_209_408, 32.6e9, 0.3e9),
+  # what config.json makes, no count of the weights was found: unsourced; 'Every FLOP counts' (arXiv 2503.05139) has
+  # 290B and 28.8B
   'ling_300b': (290_602_910_976, 28.8e9, 0.25e9),
 }
 
@@ -57,11 +65,22 @@ def test_a_scale_config_has_the_published_parameters(name):
   assert abs(active(name) - working) < digit
 
 
-def test_the_balancing_biases_complete_the_checkpoint_of_deepseek_v3():
-  """Its weights list 256 more numbers a mixture, e_score_correction_bias."""
-  _, parts, biases = counts('deepseek_v3_671b')
-  assert biases == 58 * 256
-  assert parts['total'] + biases == 671_026_419_200
+@pytest.mark.parametrize(
+  ('name', 'mixtures', 'experts', 'checkpoint'),
+  [
+    ('deepseek_v3_671b', 58, 256, 671_026_419_200),
+    ('kimi_1t', 60, 384, 1_026_408_232_448),
+  ],
+)
+def test_the_balancing_biases_complete_a_checkpoint(name, mixtures, experts, checkpoint):
+  """The weights of these list a number for each expert of a mixture more, e_score_correction_bias."""
+  _, parts, biases = counts(name)
+  assert biases == mixtures * experts
+  assert parts['total'] + biases == checkpoint
+
+
+def test_a_total_without_a_count_of_the_weights_rounds_to_what_is_printed():
+  assert int(counts('ling_300b')[1]['total'] / 1e9) == 290
 
 
 @pytest.mark.parametrize('name', PUBLISHED)

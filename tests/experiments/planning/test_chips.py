@@ -39,6 +39,11 @@ def test_an_axis_along_a_part_of_a_dimension_has_one_direction():
   link = CHIPS['v5p'].link
   assert found['expert'] == (Level('ici', 2, link),)
   assert found['fsdp'] == (Level('ici', 32, 5 * link),)  # two rings, and half a dimension
+  # a slice of v5p that is not made of whole cubes of 4x4x4 has no rings, a row of v5e that is whole has
+  open_ends = levels(parse_topology('v5p:2x2x4'), {'data': 1, 'fsdp': 4, 'expert': 4})
+  assert open_ends['expert'][0].rate == link
+  row = levels(parse_topology('v5e:8x16'), {'data': 1, 'fsdp': 8, 'expert': 16})
+  assert row['expert'][0].rate == 2 * CHIPS['v5e'].link
   small = levels(parse_topology('v5e:4x4'), {'data': 1, 'fsdp': 4, 'expert': 4})
   assert small['expert'][0].rate == CHIPS['v5e'].link  # 4 is no ring on v5e
 
@@ -51,6 +56,44 @@ def test_gpus_of_a_node_come_first_and_the_network_after_them():
     'fsdp': (Level('nvlink', 2, chip.link), Level('network', 2, chip.network)),
     'data': (Level('network', 2, chip.network),),
   }
+
+
+# Google Cloud documentation 'TPU7x (Ironwood)', which compares it to v5p and v6e: TFLOP/s (bfloat16), GiB, GB/s, ICI in
+# GB/s both ways of all links, data center network in Gb/s; 'TPU v5e', network of a pod 6.4 Tb/s over 256 chips
+PUBLISHED = {
+  'v5e': (197, 16, 819, 400, 25),
+  'v5p': (459, 95, 2765, 1200, 50),
+  'v6e': (918, 32, 1638, 800, 100),
+  '7x': (2307, 192, 7380, 1200, 100),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_a_tpu_has_the_published_figures(name):
+  peak, memory, rate, ici, network = PUBLISHED[name]
+  chip, parts = CHIPS[name], 2 if name == '7x' else 1
+  assert chip.peak * parts == peak * 1e12
+  assert chip.memory * parts == memory * 2**30
+  assert chip.memory_rate * parts == rate * 1e9
+  assert chip.network * parts == network * 1e9 / 8
+  # what a link reaches is 90 % of the nominal rate
+  assert chip.link * parts == 0.9 * ici * 1e9 / (2 * 2 * chip.dims)
+
+
+# NVIDIA: TFLOP/s with sparsity (bfloat16), GB, GB/s, NVLink in GB/s both ways, network in Gb/s
+SXM = {
+  'a100': (624, 80, 2039, 600, 200),
+  'h100': (1979, 80, 3350, 900, 400),
+  'h200': (1979, 141, 4800, 900, 400),
+  'b200': (4500, 1440 / 8, 64_000 / 8, 14_400 / 8, 400),
+}
+
+
+@pytest.mark.parametrize('name', SXM)
+def test_a_gpu_has_the_published_figures(name):
+  chip = CHIPS[name]
+  found = (2 * chip.peak / 1e12, chip.memory / 1e9, chip.memory_rate / 1e9)
+  assert (*found, 2 * chip.link / 1e9, 8 * chip.network / 1e9) == SXM[name]
 
 
 def test_a_chip_has_a_source_and_a_faster_memory_than_network():
