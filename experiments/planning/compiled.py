@@ -26,14 +26,15 @@ from experiments.errors import BadInput
 from experiments.optim import make_optimizer
 from experiments.planning.chips import Topology
 from experiments.planning.memory import memory
+from experiments.planning.rows import exchange_options
 from experiments.planning.tensors import data_shape
 from experiments.planning.traffic import moves
-from experiments.planning.workload import BATCH_AXES, Layout, Workload
+from experiments.planning.workload import Layout, Workload
 from experiments.program import Program
 from experiments.settings import Settings
 from experiments.state import ModelDef
 from experiments.step import Control
-from moejax.mesh.make import make_mesh
+from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.mesh.traffic import collectives
 
 Key = tuple[str, int]
@@ -117,9 +118,10 @@ def described_devices(topology: Topology) -> list[Any]:
 
 
 def laid_out(settings: Settings, layout: Layout) -> Settings:
-  """The settings with the layout's mesh, exchange and microbatches."""
+  """The settings with the layout's mesh, exchange and microbatches; options stay with the exchange they are of."""
   exchange: Any = layout.exchange
-  moe = dataclasses.replace(settings.model.moe, exchange=exchange)
+  options = exchange_options(settings, layout)
+  moe = dataclasses.replace(settings.model.moe, exchange=exchange, exchange_options=options)
   return dataclasses.replace(
     settings,
     microbatches=layout.microbatches,
@@ -168,7 +170,8 @@ def compare(work: Workload, layout: Layout, found: Compiled) -> list[Comparison]
   """State, other memory, and every collective that is large in one of both.
 
   Collectives are told apart by the number of devices that work together, not by their axes: where weights are copies
-  along one axis and cut along another the compiler mixes the two.
+  along one axis and cut along another the compiler mixes the two. A sum counts once, whether it is scattered or whole
+  on every device: `scattered` has which.
   """
   needed = memory(work, layout)
   state = needed['parameters'] + needed['optimizer']
@@ -176,19 +179,48 @@ def compare(work: Workload, layout: Layout, found: Compiled) -> list[Comparison]
     Comparison('state', state, found.arguments),
     Comparison('other memory', sum(needed.values()) - state, found.temporaries),
   ]
-  predicted: dict[Key, float] = {}
   axes: dict[Key, set[str]] = {}
   for move in moves(work, layout):
-    key = (move.kind, move.size)
-    predicted[key] = predicted.get(key, 0.0) + move.sent
-    axes.setdefault(key, set()).add('+'.join(move.axes))
-  total = sum(found.sent.values())
-  for key in sorted({*predicted, *found.sent}, key=lambda key: -found.sent.get(key, 0.0)):
+    axes.setdefault((_sums(move.kind), move.size), set()).add('+'.join(move.axes))
+  predicted, compiled = _with_sums(expected_by_size(work, layout)), _with_sums(found.sent)
+  total = sum(compiled.values())
+  for key in sorted({*predicted, *compiled}, key=lambda key: -compiled.get(key, 0.0)):
     over = ', '.join(sorted(axes.get(key, ()))) or f'{key[1]} devices'
-    one = Comparison(f'{key[0]} over {over}', predicted.get(key, 0.0), found.sent.get(key, 0.0))
+    one = Comparison(f'{key[0]} over {over}', predicted.get(key, 0.0), compiled.get(key, 0.0))
     if max(one.predicted, one.compiled) > LARGE * total:
       rows.append(one)
   return rows
+
+
+def _sums(kind: str) -> str:
+  return 'sums' if kind in ('all-reduce', 'reduce-scatter') else kind
+
+
+def _with_sums(sent: Mapping[Key, float]) -> dict[Key, float]:
+  """Reduce-scatter and all-reduce as one: a sum on every device sends twice what a scattered one does."""
+  found: dict[Key, float] = {}
+  for (kind, size), value in sent.items():
+    key = (_sums(kind), size)
+    found[key] = found.get(key, 0.0) + (value / 2 if kind == 'all-reduce' else value)
+  return found
+
+
+def scattered(sent: Mapping[Key, float]) -> float:
+  """Of the bytes of all sums, the part that is scattered."""
+  of = {
+    kind: sum(v for k, v in sent.items() if k[0] == kind)
+    for kind in ('reduce-scatter', 'all-reduce')
+  }
+  total = of['reduce-scatter'] + of['all-reduce'] / 2
+  return of['reduce-scatter'] / total if total else 0.0
+
+
+def expected_by_size(work: Workload, layout: Layout) -> dict[Key, float]:
+  """(kind, devices that work together) -> bytes that one device sends, as the analytic model has it."""
+  found: dict[Key, float] = {}
+  for move in moves(work, layout):
+    found[move.kind, move.size] = found.get((move.kind, move.size), 0.0) + move.sent
+  return found
 
 
 def sent_by_size(program: Any, num_devices: int) -> dict[Key, float]:

@@ -6,6 +6,7 @@ the counts of such arrays fitted to programs compiled for TPUs (experiments/resu
 
 from __future__ import annotations
 
+from experiments.planning.rows import room
 from experiments.planning.workload import Layout, Workload
 from experiments.settings import OptimSettings
 
@@ -98,10 +99,7 @@ def experts(work: Workload, layout: Layout) -> float:
   d_ff = model.moe.d_ff // model.moe.granularity / layout.tensor
   arrays = 3 if model.gated else 2
   per_row: float = model.d_model * (2 * work.width + 4) + d_ff * (arrays * 4 + arrays * work.width)
-  rows: float = work.tokens(layout) * work.choices
-  rows *= (
-    layout.expert if layout.exchange == 'all_gather' else 1
-  )  # shapes know no loads: room for all
+  rows = room(work, layout)
   if not work.blocks:
     return rows * per_row
   own = model.moe.num_experts * model.moe.granularity / layout.expert
@@ -123,4 +121,4 @@ def embedding(work: Workload, layout: Layout) -> float:
   """Of its gradient: a whole table on every device, or the gradients of all tokens where there are fewer of them."""
   tokens = work.tokens(layout) * layout.batch_shards
   rows = work.vocab_size if work.sums_table(layout) else tokens
-  return rows * work.settings.model.d_model / layout.tensor * 4
+  return rows * work.settings.model.d_model * 4

@@ -9,8 +9,9 @@ from pathlib import Path
 from experiments.planning import report
 from experiments.planning.chips import Topology
 from experiments.planning.memory import GROUPS
+from experiments.planning.moves import by_kind
 from experiments.planning.search import Plan, describe
-from experiments.planning.traffic import by_kind, moves
+from experiments.planning.traffic import moves
 from experiments.planning.workload import Workload
 from experiments.report_page import STYLE
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from experiments.planning.chips import Topology
 from experiments.planning.compiled import Comparison, Compiled
 from experiments.planning.memory import GROUPS
+from experiments.planning.moves import by_kind
 from experiments.planning.search import Plan, describe
-from experiments.planning.traffic import by_kind, moves
+from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, Workload
 
 GIB = 2**30

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from experiments.planning.chips import Level, Topology, levels
 from experiments.planning.memory import experts as expert_bytes
 from experiments.planning.memory import moments
-from experiments.planning.traffic import Move, moves, runs
+from experiments.planning.moves import Move, runs
+from experiments.planning.rows import room
+from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, Workload
 
 
@@ -59,12 +61,9 @@ def products(work: Workload, layout: Layout) -> float:
   """FLOPs of a step on all devices: a third of the model's for each pass forward, and two for the gradients."""
   _, forward = runs(work, layout)
   wasted = 0.0
-  if work.blocks and layout.exchange == 'all_gather':
-    wasted = work.expert_flops * (
-      1.5 * layout.expert - 1
-    )  # rows of others are padding, and worked on
-  elif work.blocks:
-    wasted = work.expert_flops * 0.5
+  if work.blocks and work.expert_flops:  # places without a row are padding, and worked on
+    places = room(work, layout) / (work.tokens(layout) * work.choices)
+    wasted = work.expert_flops * (1.5 * places - 1)
   return (work.flops + wasted) * (forward + 2) / 3
 
 
@@ -94,7 +93,7 @@ def seconds(move: Move, of_axis: Mapping[str, tuple[Level, ...]]) -> float:
   left = move.whole * (2 if move.kind == 'all-reduce' else 1)
   found = 0.0
   steps = [level for axis in reversed(move.axes) for level in of_axis.get(axis, ())]
-  if move.kind == 'all-to-all':
+  if move.kind.endswith('all-to-all'):
     size = math.prod(level.size for level in steps)
     inner = 1
     for level in steps:

@@ -11,9 +11,9 @@ from experiments.errors import BadInput
 from experiments.planning.chips import Topology
 from experiments.planning.memory import GROUPS, Memory, memory
 from experiments.planning.roofline import Times, times
-from experiments.planning.workload import BATCH_AXES, EXCHANGES, Layout, Workload
+from experiments.planning.workload import EXCHANGES, Layout, Workload
 from experiments.settings import Settings
-from moejax.mesh.make import AXES
+from moejax.mesh.make import AXES, BATCH_AXES
 
 USABLE = 0.95
 """Of a device's memory: the rest is the runtime's, and fragments."""

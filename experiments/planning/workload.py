@@ -11,7 +11,7 @@ from experiments.build import experts_per_token as choices_of
 from experiments.errors import BadInput
 from experiments.planning.tensors import Tensor, by_sharding, data_shape, tensors
 from experiments.settings import MoESettings, Settings
-from moejax.mesh.make import AXES
+from moejax.mesh.make import BATCH_AXES
 from moejax.scaling.ours import latent_of
 from pallas_kernels import registry
 
@@ -21,8 +21,6 @@ EXCHANGES = tuple(
   if name in ('local', 'all_gather', 'all_to_all', 'ragged_all_to_all')
 )
 """Exchanges that the settings take and the analytic model knows."""
-
-BATCH_AXES = tuple(axis for axis in AXES if axis != 'tensor')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,11 +192,15 @@ def _bytes(text: str) -> int:
 
 
 def _operand(rest: str, sizes: dict[str, int]) -> int:
-  """Bytes of the operands; of a ragged exchange, of the first, the others being the target and integers."""
+  """Bytes of the operands; of a ragged exchange, of source or target, the others being integers.
+
+  Its devices send together what they receive, so that on average neither fills more than the smaller of the two.
+  """
   inside = re.split(r'\), (?:channel_id|replica_groups|source_target_pairs)=', rest)[0]
   names = re.findall(r'%([\w.-]+)', inside)
   ragged = ' ragged' in rest or 'ragged_all_to_all' in rest
-  return sum(sizes.get(name, 0) for name in (names[:1] if ragged else names))
+  found = [sizes.get(name, 0) for name in names]
+  return min(found[:2], default=0) if ragged else sum(found)
 
 
 def _groups(rest: str, num_devices: int, kind: str) -> tuple[tuple[int, ...], ...]:

@@ -11,7 +11,15 @@ from experiments.errors import BadInput
 from experiments.plan import MEMORY_ERROR, STATE_ERROR, TRAFFIC_ERROR, PredictionMissed, check
 from experiments.planning import compiled as module
 from experiments.planning.chips import parse_topology
-from experiments.planning.compiled import Compiled, compare, compile_step, described_devices, lower
+from experiments.planning.compiled import (
+  Compiled,
+  compare,
+  compile_step,
+  described_devices,
+  expected_by_size,
+  lower,
+  scattered,
+)
 from experiments.planning.memory import memory
 from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, workload
@@ -135,9 +143,7 @@ def test_a_missed_prediction_fails_with_the_worst_figure(monkeypatch, capsys):
   layout = Layout({'data': 1, 'fsdp': 4, 'expert': 1}, 'local', 1)
   needed = memory(work, layout)
   state = needed['parameters'] + needed['optimizer']
-  sent = {}
-  for move in moves(work, layout):
-    sent[move.kind, move.size] = sent.get((move.kind, move.size), 0.0) + move.sent
+  sent = expected_by_size(work, layout)
   exact = Compiled(state, sum(needed.values()) - state, 0.0, sent, 1.0, 0.0)
   monkeypatch.setattr('experiments.plan.compile_step', lambda *_: exact)
   check(work, layout, topology)
@@ -146,6 +152,13 @@ def test_a_missed_prediction_fails_with_the_worst_figure(monkeypatch, capsys):
   monkeypatch.setattr('experiments.plan.compile_step', lambda *_: doubled)
   with pytest.raises(PredictionMissed, match='all-gather over fsdp: .* over 5% apart'):
     check(work, layout, topology)
+  # a sum counts once, scattered or not
+  scatters, everywhere = ('reduce-scatter', 4), ('all-reduce', 4)
+  whole = dataclasses.replace(
+    exact, sent={**sent, scatters: 0.0, everywhere: sent[everywhere] + 2 * sent[scatters]}
+  )
+  assert [one.error for one in compare(work, layout, whole)] == pytest.approx([0.0] * 4)
+  assert 0 == scattered(whole.sent) < scattered(sent) < 1
   larger = dataclasses.replace(exact, temporaries=exact.temporaries * (1 + 2 * MEMORY_ERROR))
   monkeypatch.setattr('experiments.plan.compile_step', lambda *_: larger)
   with pytest.raises(PredictionMissed, match='other memory: .* over 25% apart'):

@@ -10,10 +10,12 @@ from configs.scale import kimi_1t, olmoe_1b_7b
 from experiments.errors import BadInput
 from experiments.planning.chips import CHIPS, Level, Topology, parse_topology
 from experiments.planning.memory import memory
+from experiments.planning.moves import Move, by_kind
 from experiments.planning.roofline import products, seconds, times
+from experiments.planning.rows import room
 from experiments.planning.search import meshes, own_layout, plan_of, search
 from experiments.planning.tensors import tensors
-from experiments.planning.traffic import Move, by_kind, moves
+from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, workload
 from experiments.settings import Settings
 
@@ -99,15 +101,11 @@ def test_the_gradient_of_the_embedding_is_a_table_or_the_tokens_whichever_is_sma
   assert (shard.kind, shard.axes, shard.whole) == ('all-reduce', ('expert',), rows * D * 4 / 4)
 
 
-def test_on_many_shards_the_sum_of_the_head_is_not_scattered():
+def test_on_many_shards_sums_of_experts_and_head_are_not_scattered():
   few = {(m.kind, m.what) for m in moves(*of(small(), fsdp=4))}
   many = {(m.kind, m.what) for m in moves(*of(small(), fsdp=8))}
   assert {('reduce-scatter', 'experts'), ('reduce-scatter', 'head')} <= few
-  assert {
-    ('reduce-scatter', 'experts'),
-    ('all-reduce', 'head'),
-    ('reduce-scatter', 'dense'),
-  } <= many
+  assert {('all-reduce', 'experts'), ('all-reduce', 'head'), ('reduce-scatter', 'dense')} <= many
 
 
 def test_experts_that_data_shards_share_are_scattered_and_then_summed_over_data():
@@ -119,6 +117,69 @@ def test_experts_that_data_shards_share_are_scattered_and_then_summed_over_data(
     parts = [move for move in found if move.kind == kind]
     assert {(move.axes, move.size) for move in parts} == {((axis,), 2)}
     assert sum(move.whole for move in parts) == whole
+
+
+TOKENS = 16 * S // 8
+"""Of a device, where eight share the batch; each has two experts."""
+
+
+@pytest.mark.parametrize(
+  ('exchange', 'options', 'kind', 'rows', 'number'),
+  [
+    ('all_to_all', {}, 'all-to-all', 2 * 2 * TOKENS, 4),  # room for twice the mean
+    ('all_to_all', {'capacity_factor': 1.25}, 'all-to-all', 1.25 * 2 * TOKENS, 4),
+    (
+      'all_to_all',
+      {'capacity_factor': 0},
+      'all-to-all',
+      4 * 2 * TOKENS,
+      4,
+    ),  # for all that there can be
+    (
+      'ragged_all_to_all',
+      {},
+      'ragged-all-to-all',
+      2 * TOKENS,
+      512,
+    ),  # what there is; a number fills 128 lanes
+  ],
+)
+def test_rows_travel_in_the_room_that_their_exchange_has(exchange, options, kind, rows, number):
+  """There and back in the layer, in its recomputation and with gradients; the numbers of experts twice there."""
+  changes = {'model.moe.exchange': exchange, 'model.moe.exchange_options': options}
+  sent = by_kind(moves(*of(small(**changes), exchange, fsdp=2, expert=4)))
+  assert sent[kind, ('expert',)] == L * 3 / 4 * (6 * rows * D * 2 + 2 * rows * number)
+  other = of(small(**changes), 'all_gather', fsdp=2, expert=4)
+  assert (kind, ('expert',)) not in by_kind(moves(*other))
+
+
+def test_experts_have_work_and_memory_for_the_room_of_their_exchange():
+  work, gather = of(small(), 'all_gather', fsdp=2, expert=4)
+  rooms = {
+    exchange: room(work, dataclasses.replace(gather, exchange=exchange)) / (2 * TOKENS)
+    for exchange in ('local', 'all_gather', 'all_to_all', 'ragged_all_to_all')
+  }
+  assert rooms == {'local': 1, 'all_gather': 4, 'all_to_all': 2, 'ragged_all_to_all': 4}
+  swap = dataclasses.replace(gather, exchange='all_to_all')
+  assert products(work, swap) < products(work, gather)
+  assert memory(work, swap)['buffers'] < memory(work, gather)['buffers']
+
+
+def test_what_travels_over_tensor_is_counted_by_hand():
+  """Tokens cut by model width are gathered for every layer that reads them whole, and partial sums scattered."""
+  work, layout = of(small(), 'local', fsdp=8, tensor=2)
+  sent = by_kind(moves(work, layout))
+  token = TOKENS * D * 2
+  # attention reads in both forward passes and three times in the backward one, experts once; both ends of the model
+  assert sent['all-gather', ('tensor',)] == (L * (5 + 3) * token + 3 * token) / 2
+  assert sent['reduce-scatter', ('tensor',)] == L * (3 + 2) * token / 2
+  assert sent['all-reduce', ('tensor',)] == L * 2 * TOKENS * E * 4  # scores of routers
+
+
+def test_with_experts_and_tensor_the_head_adds_up_logits():
+  work, layout = of(small(), 'all_to_all', fsdp=2, expert=4, tensor=2)
+  (logits,) = (move for move in moves(work, layout) if move.what == 'logits')
+  assert (logits.kind, logits.axes, logits.whole) == ('all-reduce', ('tensor',), TOKENS * V * 4)
 
 
 def test_on_one_device_nothing_travels_and_the_products_are_the_models():

@@ -1,0 +1,127 @@
+"""Tokens on their way: what the exchange of the experts and the axis `tensor` move in one training step.
+
+Counts are those of steps compiled for TPUs (experiments/results/plans); `layers` and `forward` are those of `runs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.planning.moves import Move, along, runs
+from experiments.planning.workload import Layout, Workload
+from experiments.settings import Settings
+from moejax.moe.exchange import AllToAll, RaggedAllToAll
+from moejax.scaling.ours import latent_of
+
+LANES = 128
+"""A ragged exchange on a TPU sends an integer as a row of so many."""
+
+
+def room(work: Workload, layout: Layout) -> float:
+  """Rows that a device has room for, of one microbatch: shapes know no loads.
+
+  All that its group has where tokens are gathered; of the other exchanges what their factors allow, 0 for everything.
+  """
+  rows: float = work.tokens(layout) * work.choices
+  if layout.exchange == 'local':
+    return rows
+  options = exchange_options(work.settings, layout)
+  factor = {
+    'all_to_all': options.get('capacity_factor', AllToAll.capacity_factor),
+    'ragged_all_to_all': options.get('buffer_factor', RaggedAllToAll.buffer_factor),
+  }.get(layout.exchange, 0)
+  return rows * min(factor or layout.expert, layout.expert)
+
+
+def exchange_options(settings: Settings, layout: Layout) -> dict[str, Any]:
+  """Those of the settings where these name the layout's exchange, else none: its defaults."""
+  moe = settings.model.moe
+  return moe.exchange_options if moe.exchange == layout.exchange else {}
+
+
+def exchange(work: Workload, layout: Layout) -> Iterator[Move]:
+  """Rows to their experts and back, with the numbers of these experts."""
+  if layout.expert == 1:
+    return
+  model = work.settings.model
+  layers, forward = runs(work, layout)
+  times = layout.microbatches * len(model.moe_layers)
+  width = model.d_model * work.width / layout.tensor
+  expert, size = along(layout, ('expert',))
+  if layout.exchange == 'all_gather':
+    # outputs that were added up are not computed again; gradients go both ways
+    whole = work.tokens(layout) * size
+    yield Move('all-gather', expert, size, 'tokens', times * (forward + 1) * whole * width)
+    yield Move('reduce-scatter', expert, size, 'tokens', times * (layers + 1) * whole * width)
+    rows = whole * work.choices * 4
+    yield Move('all-gather', expert, size, 'choices', times * forward * 2 * rows)
+    yield Move('reduce-scatter', expert, size, 'choices', times * rows)
+    return
+  ragged = layout.exchange == 'ragged_all_to_all'
+  kind = 'ragged-all-to-all' if ragged else 'all-to-all'
+  rows = work.tokens(layout) * work.choices if ragged else room(work, layout)
+  # outputs come back one by one, and the gradients of their weights need them again
+  yield Move(kind, expert, size, 'tokens', times * 2 * (forward + 1) * rows * width)
+  number = LANES * 4 if ragged else 4
+  yield Move(kind, expert, size, 'choices', times * forward * rows * number)
+
+
+def tensor_parallel(work: Workload, layout: Layout) -> Iterator[Move]:
+  """Tokens are cut by model width between layers: gathered where a layer reads them, its partial sums scattered."""
+  axes, size = along(layout, ('tensor',))
+  if size == 1:
+    return
+  model = work.settings.model
+  layers, forward = runs(work, layout)
+  mixtures = len(model.moe_layers)
+  dense = model.num_layers - mixtures + (mixtures if model.moe.num_shared else 0)
+  token = layout.microbatches * work.tokens(layout) * model.d_model * work.width
+  yield from _attention(work, layout)
+  yield from _ends(work, layout)
+  yield Move('all-gather', axes, size, 'activations', dense * (forward + 1) * token)
+  yield Move('reduce-scatter', axes, size, 'activations', dense * (layers + 1) * token)
+  if not mixtures:
+    return
+  row = layout.microbatches * model.d_model * work.width
+  gathered = layout.exchange in ('local', 'all_gather')
+  held = work.tokens(layout) * layout.expert if gathered else room(work, layout)
+  back = (layers if gathered else forward) + 1
+  yield Move('all-gather', axes, size, 'tokens', mixtures * (forward + 1) * held * row)
+  yield Move('reduce-scatter', axes, size, 'tokens', mixtures * back * held * row)
+  scores = layout.microbatches * work.tokens(layout) * model.moe.num_experts * 4
+  yield Move('all-reduce', axes, size, 'router', mixtures * forward * scores)
+
+
+def _attention(work: Workload, layout: Layout) -> Iterator[Move]:
+  """Grouped attention reads tokens whole; latent attention adds up latents that each device has a part of."""
+  model, latent = work.settings.model, latent_of(work.settings.model)
+  axes, size = along(layout, ('tensor',))
+  _, forward = runs(work, layout)
+  each = layout.microbatches * model.num_layers * work.tokens(layout) * work.width
+  if latent is None:
+    yield Move('all-gather', axes, size, 'activations', each * (forward + 3) * model.d_model)
+    yield Move('reduce-scatter', axes, size, 'activations', each * (forward + 1) * model.d_model)
+    return
+  ranks = (latent.q_rank or 0) + latent.kv_rank + latent.rotary_dim
+  value = latent.value_dim or model.head_dim
+  heads = model.num_heads * (2 * model.head_dim + latent.rotary_dim + value)
+  yield Move('all-reduce', axes, size, 'activations', each * (forward + 1) * ranks)
+  yield Move('all-gather', axes, size, 'activations', each * (3 * model.d_model + heads))
+  yield Move('reduce-scatter', axes, size, 'activations', each * forward * model.d_model)
+
+
+def _ends(work: Workload, layout: Layout) -> Iterator[Move]:
+  """The gradient of the embedding needs tokens whole; the head does too, or adds up partial logits, float32.
+
+  The TPU compiler does the latter where the axes `expert` and `tensor` are both in use.
+  """
+  axes, size = along(layout, ('tensor',))
+  layers, _ = runs(work, layout)
+  tokens = layout.microbatches * work.tokens(layout)
+  d_model = work.settings.model.d_model
+  yield Move('all-gather', axes, size, 'activations', tokens * d_model * 4)
+  if layout.expert > 1:
+    yield Move('all-reduce', axes, size, 'logits', layers * tokens * work.vocab_size * 4)
+  else:
+    yield Move('all-gather', axes, size, 'activations', layers * tokens * d_model * work.width)
