@@ -22,7 +22,7 @@ from moejax.moe.dispatch import einsum, fused
 from moejax.moe.exchange import EXCHANGES, make_exchange, single
 from moejax.moe.experts import Experts
 from moejax.moe.zero_computation import rows_of_bank
-from tests import test_every_router as table
+from tests import router_table as table
 
 B, S, D, E, F, V = 8, 6, 8, 8, 4, 16
 T = B * S

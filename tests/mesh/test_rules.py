@@ -18,7 +18,7 @@ from moejax.moe.cartesian import CartesianMoE
 from moejax.moe.multi_head import MultiHeadMoE
 from moejax.moe.peer import Peer
 from moejax.transformer import Decoder, ViT
-from tests import test_every_router as table
+from tests import router_table as table
 
 moe = functools.partial(MoE, 16, 32, 4, num_shared=1, output_norm=True)
 
