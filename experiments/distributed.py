@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -25,9 +26,11 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from experiments.errors import BadInput, ExperimentError, PeerLost
+from experiments.errors import BadInput, ExperimentError, PeerLost, StorageError
+from experiments.peers import GRACE, Peers, names_of_this_machine
 
 _TEXT_BYTES = 4096  # of what the first process tells the others
+_ENDING = threading.Lock()
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -52,7 +55,8 @@ def joined(
   """This process as one of several for as long as the `with` block lasts; without a coordinator, alone as ever.
 
   A process that fails ends at once, with its sentence or traceback: at an orderly end it would wait for the others, and
-  they for it. Processes other than the first print nothing else.
+  they for it. When one ends so, or is killed, the others end too, with one sentence and the code of PeerLost. Processes
+  other than the first print nothing else.
 
   Args:
     coordinator: HOST:PORT, 'auto' or nothing.
@@ -67,8 +71,12 @@ def joined(
     yield
     return
   with contextlib.ExitStack() as stack:
-    stack.push(_leave)
+    peers: Peers | None = None
+    stack.push(lambda kind, error, _: _leave(peers, error))
     _join(coordinator, options, join_timeout)
+    host = coordinator.rpartition(':')[0].strip('[]')
+    hosts = [host] if host else names_of_this_machine()
+    peers = Peers(jax.process_index(), jax.process_count(), hosts, _from_first, _lost)
     if not is_first():
       stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
     yield
@@ -157,19 +165,36 @@ def _from_first(text: str) -> str:
   )
 
 
-def _leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-  if error is None:
+def _leave(peers: Peers | None, error: BaseException | None) -> None:
+  if error is None and peers is not None:
+    peers.goodbye()
     jax.distributed.shutdown()
-  else:
+  elif error is not None:
+    own = isinstance(error, ExperimentError) and not isinstance(error, StorageError)
+    if own and peers is not None and is_first():
+      time.sleep(GRACE)  # all may be about to end with this error
+    elif not own and peers is not None and not isinstance(error, KeyboardInterrupt):
+      peers.verdict()  # what went wrong may be that another process is gone
     _end(error)
 
 
+def _lost(index: int) -> None:
+  _end(
+    PeerLost(
+      f'process {index} of this run has ended: start all of them again, and they go on from the last checkpoint'
+    )
+  )
+
+
 def _end(error: BaseException) -> NoReturn:
-  """Tells the error and ends the process, whatever its other threads wait for."""
+  """Tells the error and ends the process, whatever its other threads wait for; the first of several."""
+  _ENDING.acquire()  # for good
+  told = sys.__stderr__  # that of a process other than the first is kept from the user otherwise
   if isinstance(error, ExperimentError):
-    print(error, file=sys.stderr)
+    print(error, file=told)
   else:
-    traceback.print_exception(error)
-  sys.stdout.flush()
-  sys.stderr.flush()
+    traceback.print_exception(error, file=told)
+  for stream in (sys.stdout, sys.stderr, told):
+    if stream is not None:
+      stream.flush()
   os._exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, 'exit_code', 1))

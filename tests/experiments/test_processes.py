@@ -1,5 +1,6 @@
 """One run in several processes is the run of one process, and it ends as one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -52,11 +54,12 @@ class Run:
   def __init__(self, folder):
     self.folder, self.processes = folder, []
 
-  def start(self, devices, *arguments):
+  def start(self, devices, *arguments, **variables):
     log = self.folder / f'log{len(self.processes)}'
     environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
+      **variables,
     }
     command = [sys.executable, '-m', 'experiments.train', *SMALL, *arguments]
     with log.open('w') as output:
@@ -75,6 +78,26 @@ class Run:
   def output(self, process):
     return (self.folder / f'log{self.processes.index(process)}').read_text()
 
+  def by_slurm(self, *arguments):
+    """As `together`, with what SLURM tells each of the two tasks of a step on this machine instead of flags."""
+    with socket.socket() as free:  # JAX makes its port of the job's number
+      free.bind(('127.0.0.1', 0))
+      job = free.getsockname()[1]
+    told = {'SLURM_JOB_ID': f'{job}', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'}
+    return [
+      self.start(
+        2,
+        '--coordinator=auto',
+        '--join_timeout=200',
+        *arguments,
+        **told,
+        SLURM_PROCID=f'{index}',
+        SLURM_LOCALID=f'{index}',
+        SLURM_STEP_NUM_NODES='1',
+      )
+      for index in range(2)
+    ]
+
   def outputs(self):
     return '\n'.join(f'--- {one.args[-6:]}\n{self.output(one)}' for one in self.processes)
 
@@ -87,21 +110,26 @@ class Run:
     assert [process.returncode for process in processes] == [0] * len(processes), self.outputs()
 
   def wait_for(self, text, process):
+    self.wait_until(lambda: text in self.output(process))
+
+  def wait_until(self, so):
     end = time.monotonic() + SECONDS
-    while text not in self.output(process):
+    while not so():
       alive = all(process.poll() is None for process in self.processes)
       assert alive and time.monotonic() < end, self.outputs()
       time.sleep(0.05)
 
+  def close(self):
+    for process in self.processes:
+      if process.poll() is None:
+        process.kill()
+      process.wait()
+
 
 @pytest.fixture
 def run(tmp_path):
-  run = Run(tmp_path)
-  yield run
-  for process in run.processes:
-    if process.poll() is None:
-      process.kill()
-    process.wait()
+  with contextlib.closing(Run(tmp_path)) as run:
+    yield run
 
 
 def metrics(workdir):
@@ -126,26 +154,62 @@ def leaves(workdir, step):
   return {path: np.asarray(leaf) for path, leaf in state.items()}
 
 
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """Two processes that a signal stops and SLURM starts again, two that nobody stops, and one with all four devices."""
+  folder = tmp_path_factory.mktemp('runs')
+  with contextlib.closing(Run(folder)) as run:
+    processes = run.together(f'--workdir={folder / "stopped"}', '--config.steps=100000')
+    run.wait_for('Compiling', processes[0])  # so that few steps are done before the signal
+    processes[1].send_signal(signal.SIGTERM)
+    run.finish(*processes)
+    done = read_lines(folder / 'stopped' / 'metrics.jsonl')[-1]['step'] + 1
+    told, kept = run.output(processes[0]), list((folder / 'stopped' / 'checkpoints').iterdir())
+    steps = f'--config.steps={max(done + 2, 4)}'
+    saving = ['--config.checkpoint.every=4', '--config.checkpoint.keep=99']
+    again = run.by_slurm(f'--workdir={folder / "stopped"}', steps)
+    whole = run.together(f'--workdir={folder / "whole"}', steps, *saving)
+    run.finish(*again, *whole, run.start(4, f'--workdir={folder / "one"}', '--config.steps=4'))
+    outputs = [told, *map(run.output, again)]
+    yield types.SimpleNamespace(folder=folder, done=done, kept=kept, outputs=outputs)
+
+
 @pytest.mark.slow
-def test_two_processes_ended_and_started_again_are_one_process(run, tmp_path):
-  """Two processes of two devices end, go on and end; one process of four devices runs through: the same losses,
-  routing and checkpoint."""
-  two, one = tmp_path / 'two', tmp_path / 'one'
-  run.finish(*run.together(f'--workdir={two}', '--config.steps=2'))
-  processes = run.together(f'--workdir={two}', '--config.steps=4')
-  run.finish(*processes, run.start(4, f'--workdir={one}', '--config.steps=4'))
-  assert 'resuming at step 2' in run.output(processes[0]), run.outputs()
-  assert 'step' not in run.output(processes[1])  # only the first tells
-  ours, theirs = metrics(two), metrics(one)
-  assert list(ours) == list(theirs) == list(range(4))
-  for step in ours:
-    # what ended in between was evaluated there, too
-    assert ours[step].keys() >= theirs[step].keys()
+def test_a_signal_to_one_process_stops_both_after_the_same_step(runs):
+  assert f'Stopped after step {runs.done}' in runs.outputs[0]
+  assert [path.name for path in runs.kept] == [str(runs.done)]
+
+
+@pytest.mark.slow
+def test_what_was_stopped_goes_on_to_every_bit(runs):
+  """As two processes that nobody stopped: the programs are the same, and add in the same order."""
+  _, first, other = runs.outputs
+  assert f'resuming at step {runs.done}' in first
+  assert 'step' not in other  # only the first tells
+  ours, theirs = metrics(runs.folder / 'stopped'), metrics(runs.folder / 'whole')
+  assert list(ours) == list(theirs) == list(range(max(runs.done + 2, 4)))
+  for step in theirs:
+    assert ours[step].keys() >= theirs[step].keys()  # where it was stopped it was not evaluated
     for name in theirs[step]:
+      np.testing.assert_array_equal(ours[step][name], theirs[step][name], f'{name} of {step}')
+  ours, theirs = (leaves(runs.folder / name, len(ours)) for name in ('stopped', 'whole'))
+  assert ours.keys() == theirs.keys()
+  for path in ours:
+    np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_process(runs):
+  """The same losses, routing and checkpoint for four steps; over many, a router that drops rows amplifies rounding."""
+  ours, theirs = metrics(runs.folder / 'whole'), metrics(runs.folder / 'one')
+  assert list(theirs) == list(range(4))
+  for step in theirs:
+    for name in theirs[step].keys() & ours[step].keys():  # only the last is evaluated
       np.testing.assert_allclose(
         ours[step][name], theirs[step][name], rtol=1e-6, atol=1e-9, err_msg=f'{name} of {step}'
       )
-  ours, theirs = leaves(two, 4), leaves(one, 4)
+    assert {'loss', 'grad_norm'} <= theirs[step].keys() & ours[step].keys()
+  ours, theirs = leaves(runs.folder / 'whole', 4), leaves(runs.folder / 'one', 4)
   assert ours.keys() == theirs.keys()
   for path in ours:
     # sums over processes add in another order: 3e-7 of the largest entry was seen
@@ -154,14 +218,16 @@ def test_two_processes_ended_and_started_again_are_one_process(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_after_the_same_step(run, tmp_path):
-  processes = run.together(f'--workdir={tmp_path / "two"}', '--config.steps=100000')
-  run.wait_for('Compiling', processes[0])  # so that few steps are done before the signal
-  processes[1].send_signal(signal.SIGTERM)
-  run.finish(*processes)
-  stopped = read_lines(tmp_path / 'two' / 'metrics.jsonl')[-1]['step'] + 1
-  assert f'Stopped after step {stopped}' in run.output(processes[0]), run.outputs()
-  assert [path.name for path in (tmp_path / 'two' / 'checkpoints').iterdir()] == [str(stopped)]
+@pytest.mark.parametrize('killed', [0, 1], ids=['the first', 'another'])
+def test_when_a_process_is_killed_the_other_says_so_and_ends(run, tmp_path, killed):
+  """Nothing hangs, and the code tells a launcher to start all of them again."""
+  processes = run.together(f'--workdir={tmp_path}', '--config.steps=100000')
+  run.wait_until((tmp_path / 'metrics.jsonl').exists)  # it trains
+  processes[killed].kill()
+  assert processes[1 - killed].wait(SECONDS) == 13, run.outputs()
+  told = run.output(processes[1 - killed])
+  assert f'process {killed} of this run has ended: start all of them again' in told, told
+  assert 'Traceback' not in told
 
 
 def test_a_process_that_finds_no_coordinator_says_so_and_ends(run, tmp_path):
