@@ -11,9 +11,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# What `implementation=None` takes on a platform; every other platform takes DEFAULT. A body enters here when its speed
-# has been measured on that platform: an interpreter and a compiler show neither speed nor, of a GPU, the order of
-# memory accesses. And all bodies that stand here are traced into every program, whatever it is lowered for.
+# What `implementation=None` takes on a platform; every other platform takes DEFAULT, and so does one whose body cannot
+# do what is asked. A body enters here when its speed has been measured on that platform: an interpreter and a compiler
+# show neither speed nor, of a GPU, the order of memory accesses. And all bodies that stand here are traced into every
+# program, whatever it is lowered for. 'cuda' is every NVIDIA GPU, those of sm_80 too, which take DEFAULT.
 BY_PLATFORM = {'cpu': 'cpu'}
 DEFAULT = 'blocks'
 
@@ -53,14 +54,31 @@ def check_dtypes(operation: str, **arrays) -> None:
 def run(operation: str, part: str, implementation: str | None, *args, **options):
   """Calls `part` ('forward', 'backward') of one body of the package `operation`.
 
-  It is the body of that name; for None, the one for the platform that is lowered for, and then all bodies return
-  the same types (residuals too).
+  It is the body of that name; for None, the one for the platform that is lowered for, or DEFAULT where that one raises
+  Unsupported, and then all bodies return the same types. A body whose backward reads what its forward has saved raises
+  in both or in neither.
   """
   body = lambda name: functools.partial(_function(operation, name, part), **options)
   if implementation is not None:
     return body(implementation)(*args)
-  chosen = {platform: body(name) for platform, name in BY_PLATFORM.items()}
+  chosen = {platform: _or_else(body(name), body(DEFAULT)) for platform, name in BY_PLATFORM.items()}
   return jax.lax.platform_dependent(*args, default=body(DEFAULT), **chosen)
+
+
+def _or_else(body, other):
+  def call(*args):
+    try:
+      return body(*args)
+    except Unsupported:
+      return other(*args)
+
+  return call
+
+
+def largest(operation: str, function: str, implementation: str | None, *args) -> int:
+  """The largest `function(*args)` of the bodies that `run` may take: a size that all of them can do with."""
+  names = {DEFAULT, *BY_PLATFORM.values()} if implementation is None else {implementation}
+  return max(_function(operation, name, function)(*args) for name in names)
 
 
 def _function(operation: str, name: str, part: str) -> Callable:

@@ -11,9 +11,10 @@ TPU = ('bfloat16', 'float32')
 GPU = ('bfloat16', 'float16')
 
 PROOFS = {
-  'tested': 'run on its platform by the tests, in value and (but for int8) gradient, on every case',
+  'tested': 'run on its platform by the tests, in value and (but for weights of eight bits) gradient, on every case',
   'interpreted': (
-    "run by the platform's interpreter on a CPU, in value and (but for int8) gradient"
+    "run by the platform's interpreter on a CPU, in value and (but for weights of eight bits) gradient, on every case "
+    '(those of GPUs by default smaller ones, with `pytest --full-matrix` all)'
   ),
   'compiled': "compiled for the named chips by the platform's own compiler, which checks tiles and on-chip memory",
   'measured': 'timed on its platform; the numbers are in experiments/results',
@@ -64,7 +65,7 @@ TABLE = {
 DOES = {
   'expert_ffn': 'gather the rows of each expert, apply it, add the weighted rows at their tokens',
   'grouped_matmul': 'consecutive rows, each group times the matrix of its expert',
-  'quantised_matmul': 'the same with int8 weights and a scale a column; inference only',
+  'quantised_matmul': 'the same with weights of int8 or e4m3 (fp8) and a scale a column; inference only',
   'ragged_all_to_all': 'each device sends each other one rows of its own; without a name by an all-gather',
   'routing': '`top_k`, `pack` and `lay_out`: which experts a token takes, where the rows of each expert lie',
 }
@@ -73,8 +74,8 @@ HEAD = """# Kernels
 
 Operations on rows grouped by expert. Each is a folder: `__init__.py` is its contract, `reference.py` the definition of
 correct, `cases.py` what every body must get right, every other file a body. `implementation=None` takes the body of
-the platform that is lowered for (`registry.py` has the rule); a body asked for by name never falls back, it raises
-`Unsupported`.
+the platform that is lowered for, or `blocks` where that one cannot do what is asked (`registry.py` has the rule); a
+body asked for by name never falls back, it raises `Unsupported`.
 
 This file is printed by `scripts/python -m pallas_kernels.status`; a test compares them, and the table with the code.
 """

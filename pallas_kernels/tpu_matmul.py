@@ -27,10 +27,12 @@ class Rows(NamedTuple):
   Attributes:
     array: `[R, width]`, or `[S, R, width]`; of a result, its type.
     at: for three axes, which of S, or None for all of them.
+    lanes: one number a row, rows along the lanes: `[1, R]`, or `[n_tiles, 1, R]`.
   """
 
   array: Array | jax.ShapeDtypeStruct
   at: int | None = None
+  lanes: bool = False
 
 
 class Product(NamedTuple):
@@ -63,9 +65,9 @@ def matmul(
     visits: of row tiles; rows that they leave out are unspecified in the results.
     tiles: K and N are multiples of theirs.
     products: what is multiplied.
-    extras: rows `[R, N]` that the epilogue reads; of `[1, R]` it reads `[1, rows]`.
+    extras: rows `[R, N]` that the epilogue reads; of lanes `[1, R]` it reads `[1, rows]`.
     per_group: `[E, 1, N]`, of which the epilogue reads its group's row, after the extras.
-    outs: types of the results: as extras. Of `[n_tiles, 1, R]` each column tile writes its own row.
+    outs: types of the results: as extras. Of lanes `[n_tiles, 1, R]` each column tile writes its own row.
     epilogue: `(sums, extras) -> results` in float32 or the type of the result.
     name: of the compiled kernel.
   """
@@ -78,6 +80,7 @@ def matmul(
   body = functools.partial(
     _matmul_kernel,
     counts=(len(lhs), len(rhs), len(extras), len(per_group), len(outs)),
+    lanes=([x.lanes for x in extras], [x.lanes for x in outs]),
     products=products,
     transpose_rhs=transpose_rhs,
     epilogue=epilogue or (lambda sums, extras: sums),
@@ -124,7 +127,7 @@ def matmul(
 
 def _rows_spec(x: Rows, rows: int, width: int, column) -> pl.BlockSpec:
   shape = x.array.shape
-  if shape[-2] == 1:  # one number a row, along the lanes
+  if x.lanes:
     if len(shape) == 2:
       return pl.BlockSpec((1, rows), lambda n, v, k, tile, group, starts, used: (0, tile[v]))
     return pl.BlockSpec((None, 1, rows), lambda n, v, k, tile, group, starts, used: (n, 0, tile[v]))
@@ -137,7 +140,7 @@ def _rows_spec(x: Rows, rows: int, width: int, column) -> pl.BlockSpec:
 
 
 def _matmul_kernel(
-  tile, group, starts, used, *refs, counts, products, transpose_rhs, epilogue, steps
+  tile, group, starts, used, *refs, counts, lanes, products, transpose_rhs, epilogue, steps
 ):
   rest = iter(refs)
   lhs, rhs, extras, per_group, outs = ([next(rest) for _ in range(c)] for c in counts)
@@ -150,11 +153,15 @@ def _matmul_kernel(
 
   def finish(part, found):
     shared = [x[...] for x in per_group]
-    merge(part, epilogue(found, [*(_part(x, part) for x in extras), *shared]))
+    own = [_part(x, part, along) for x, along in zip(extras, lanes[0], strict=True)]
+    merge(part, epilogue(found, [*own, *shared]))
 
   def merge(part, values):
-    for ref, value in zip(outs, values, strict=True):
-      _merge(ref, part, value, num_rows, begin, end)
+    for ref, along, value in zip(outs, lanes[1], values, strict=True):
+      _merge(ref, along, part, value, num_rows, begin, end)
+
+  def zeros(part):
+    return [_zeros(ref, along, part) for ref, along in zip(outs, lanes[1], strict=True)]
 
   def compute(part):
     found = [None] * (1 + max(p.into for p in products))
@@ -185,7 +192,7 @@ def _matmul_kernel(
 
   @pl.when(needed & is_tail & (k == steps - 1))
   def _():
-    _each_part(num_rows, begin, end, lambda part: merge(part, [_zeros(ref, part) for ref in outs]))
+    _each_part(num_rows, begin, end, lambda part: merge(part, zeros(part)))
 
 
 class _Part(NamedTuple):
@@ -212,10 +219,9 @@ def _each_part(num_rows, begin, end, body):
     jax.lax.fori_loop(first, last + 1, one, None)
 
 
-def _merge(ref, part, value, num_rows, begin, end):
+def _merge(ref, lanes, part, value, num_rows, begin, end):
   """Writes a part of a result. Rows of groups before stay, rows of groups after are zero until these come."""
   for i, one in enumerate(value if isinstance(value, tuple) else (value,)):
-    lanes = ref.shape[-2] == 1
     at = (slice(None), _rows(part)) if lanes else (_rows(part), slice(None))
     at = (i, *at) if isinstance(value, tuple) else at
     one = one.astype(ref.dtype)
@@ -234,16 +240,16 @@ def _rows(part):
   return pl.ds(part.first, part.height)
 
 
-def _part(ref, part):
-  if ref.shape[-2] == 1:
+def _part(ref, part, lanes=False):
+  if lanes:
     return ref[:, _rows(part)]
   if len(ref.shape) == 2:
     return ref[_rows(part), :]
   return tuple(ref[i, _rows(part), :] for i in range(ref.shape[0]))
 
 
-def _zeros(ref, part):
-  if ref.shape[-2] == 1:
+def _zeros(ref, lanes, part):
+  if lanes:
     return jnp.zeros((1, part.height), ref.dtype)
   zeros = jnp.zeros((part.height, ref.shape[-1]), ref.dtype)
   return zeros if len(ref.shape) == 2 else (zeros,) * ref.shape[0]

@@ -50,7 +50,7 @@ def _distance(found, wanted) -> float:
   found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
   if not np.isfinite(found).all():
     return float('inf')
-  return float(np.abs(found - wanted).max() / (np.abs(wanted).max() or 1))
+  return float(np.abs(found - wanted).max(initial=0) / (np.abs(wanted).max(initial=0) or 1))
 
 
 def run(dtype, backend: str, refusals) -> list[dict]:

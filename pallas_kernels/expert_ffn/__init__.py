@@ -57,7 +57,7 @@ def expert_ffn(
   registry.check_name('expert_ffn', implementation, NAMES)
   registry.check_dtypes('expert_ffn', x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
   _check_shapes(x, assignment, w_gate, w_up, w_down)
-  if implementation == 'reference':
+  if implementation == 'reference' or not assignment.token.shape[0]:
     return _reference(x, assignment, w_gate, w_up, w_down, activation=activation)
   rows = (assignment.token, assignment.expert, assignment.weight)
   arguments = compat.vary_together(x, *rows, w_gate, w_up, w_down)
@@ -73,7 +73,7 @@ def _check_shapes(x, assignment, w_gate, w_up, w_down):
     if w is not None and w.shape != shape:
       raise ValueError(f'{name}.shape={w.shape}, expected {shape}')
   num_rows = assignment.token.shape[0]
-  if assignment.groups == num_tokens and num_rows % num_tokens:
+  if assignment.groups == num_tokens and num_rows % max(num_tokens, 1):
     raise ValueError(f'groups=T={num_tokens} (token-major) does not divide {num_rows} rows')
 
 
@@ -85,7 +85,10 @@ def _expert_ffn(static, x, token, expert, weight, w_gate, w_up, w_down):
 def _forward(static, save, x, token, expert, weight, w_gate, w_up, w_down):
   plan = packed.sort_rows(expert, w_up.shape[0])
   into = (w_up,) if w_gate is None else (w_gate, w_up)
-  options = dict(activation=static.activation, groups=static.groups, save=save)
+  # A body saves its pre-activations in an order of its own, in an array whose shape all bodies that may run share.
+  shape = static.implementation, token.shape[0], w_up.shape[0]
+  saved = registry.largest(__name__, 'saved_rows', *shape) if save else 0
+  options = dict(activation=static.activation, groups=static.groups, save=saved)
   rows = (token, weight, plan)
   args = (x, *rows, into, w_down)
   y, pre = registry.run(__name__, 'forward', static.implementation, *args, **options)

@@ -25,7 +25,7 @@ class Case:
     num_rows, experts = self.num_tokens * self.num_choices, self.num_experts
     return {
       'x': rng.normal(size=(self.num_tokens, d_model)).astype(dtype),
-      'token': np.arange(num_rows, dtype=np.int32) // self.num_choices,
+      'token': np.arange(num_rows, dtype=np.int32) // max(self.num_choices, 1),
       'expert': self.expert.astype(np.int32),
       'weight': rng.uniform(0.1, 1, num_rows).astype(dtype),
       'w_gate': draw(experts, d_model, d_ff),
@@ -50,4 +50,5 @@ CASES = (
   Case('one choice', 96, 1, 4, _sizes(20, 0, 41, 15, 20)),
   Case('one expert', 64, 1, 1, _sizes(50, 14)),
   Case('fewer rows than experts', 4, 1, 8, np.array([7, 0, 7, 3])),
+  Case('no rows', 4, 0, 2, np.zeros(0)),
 )

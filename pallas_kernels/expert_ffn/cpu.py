@@ -28,10 +28,15 @@ from ..packed import (
 from ..registry import accumulator
 
 
-def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save):
-  """(`y [T, D]`, pre-activations `[1 or 2, R + overrun, F]` in packed order, or None unless `save`).
+def saved_rows(num_rows, num_experts):
+  """Rows that the pre-activations of `num_rows` take."""
+  return num_rows + overrun(num_rows, num_experts)
 
-  Pre-activations are kept in the type of x.
+
+def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save):
+  """(`y [T, D]`, pre-activations `[1 or 2, save, F]` in packed order, or None where `save` is 0).
+
+  Pre-activations are kept in the type of x; `save` is at least `saved_rows`.
 
   Rows are added in packed order whatever `groups` promises of theirs.
   """
@@ -41,8 +46,7 @@ def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, 
   zeros = lambda *shape: zeros_like_varying(shape, acc, x_td)
   pre = None
   if save:
-    shape = (len(into), num_rows + overrun(num_rows, num_experts), w_down.shape[1])
-    pre = zeros_like_varying(shape, x_td.dtype, x_td)
+    pre = zeros_like_varying((len(into), save, w_down.shape[1]), x_td.dtype, x_td)
 
   def visit_expert(carry, scanned):
     start, end, into, w_down = scanned

@@ -10,20 +10,36 @@ import jax.numpy as jnp
 
 from ..hopper import depth, rows, tiles
 from ..hopper.epilogues import Hidden, HiddenGradient, Store
-from ..hopper.layout import Layout, collect, lay_out, spread
+from ..hopper.layout import Layout, collect, lay_out, padded_rows, spread
 from ..packed import take
 
 
-def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save, gather=True):
-  """(`y [T, D]`, pre-activations `[padded rows, 1 or 2 x F]` or None unless `save`).
+def saved_rows(num_rows, num_experts):
+  """See cpu.saved_rows."""
+  return padded_rows(num_rows, num_experts, tiles.rows_per_tile(num_rows, num_experts))
 
-  `gather`: the kernels fetch rows of x and dy themselves, instead of reading copies that XLA makes.
+
+def check(x_td, into, w_down):
+  """Refuses what the kernels do not compute.
 
   Raises:
     Unsupported: types other than one 16-bit type (w may be float32), widths that are no multiples of 128.
   """
   tiles.check_types('expert_ffn', x_td, w_gate=into[0], w_up=into[-1], w_down=w_down)
   tiles.check_widths('expert_ffn', d_model=x_td.shape[1], d_ff=w_down.shape[1])
+
+
+def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save, gather=True):
+  """(`y [T, D]`, pre-activations `[1 or 2, save, F]` or None where `save` is 0).
+
+  The pre-activations lie as `[save, 1 or 2 x F]`, rows in the padded layout: the shape is what other bodies have.
+
+  `gather`: the kernels fetch rows of x and dy themselves, instead of reading copies that XLA makes.
+
+  Raises:
+    Unsupported: see `check`.
+  """
+  check(x_td, into, w_down)
   layout, token_p, _ = _rows(token_r, plan, w_down)
   into, w_down = [w.astype(x_td.dtype) for w in into], w_down.astype(x_td.dtype)
   x, indexed = _operand(x_td, token_p, gather)
@@ -36,13 +52,15 @@ def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, 
   down = Store(x_td.shape[1], x_td.dtype)
   (y_pd,) = rows.run('expert_ffn_down', hidden, (w_down,), layout, shape, down)
   y_td = _combine(y_pd, weight_r, token_r, plan, layout, x_td.shape[0], groups)
-  return y_td.astype(x_td.dtype), pre[0] if save else None
+  return y_td.astype(x_td.dtype), pre[0].reshape(len(into), save, width) if save else None
 
 
 def backward(
   x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activation, groups, gather=True
 ):
   """Same values as cpu.backward, to the precision of the type of x."""
+  check(x_td, into, w_down)
+  pre = pre.reshape(pre.shape[1], -1)
   layout, token_p, row_p = _rows(token_r, plan, w_down)
   narrow = [w.astype(x_td.dtype) for w in into]
   weight_p = spread(weight_r.astype(jnp.float32), row_p)

@@ -24,7 +24,7 @@ def grouped_matmul(
   """`out[r] = lhs[r] @ rhs[e]` for the expert e whose group holds row r.
 
   Sums are kept in float32 or wider; the result has the type of lhs. Rows past the last group are zero, in
-  value and in gradient, whatever lhs holds there.
+  value and in gradient, whatever lhs holds there. R may be 0.
 
   Args:
     lhs: rows, the group of expert 0 first.
@@ -44,7 +44,7 @@ def grouped_matmul(
   width = rhs.shape[2 if transpose_rhs else 1]
   if width != lhs.shape[1]:
     raise ValueError(f'rhs.shape={rhs.shape} with {transpose_rhs=} wants lhs.shape[1]={width}')
-  if implementation == 'reference':
+  if implementation == 'reference' or not lhs.shape[0]:  # of no rows there is nothing to compute
     return _reference(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
   starts = starts_of(group_sizes, lhs.shape[0])
   return _grouped_matmul(transpose_rhs, implementation, *compat.vary_together(lhs, rhs, starts))

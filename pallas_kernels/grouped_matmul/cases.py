@@ -34,4 +34,7 @@ CASES = (
   Case('tail only', 512, (0, 0, 0, 0)),
   Case('one expert', 64, (50,)),
   Case('fewer rows than experts', 4, (1, 0, 0, 0, 0, 0, 2, 1)),
+  Case('a tile and a row', 129, (0, 129)),
+  Case('one row', 1, (0, 1)),
+  Case('no rows', 0, (0, 0)),
 )

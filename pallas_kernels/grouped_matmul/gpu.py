@@ -31,6 +31,7 @@ def forward(lhs_rd, rhs, starts, *, transpose_rhs, gather=True):
 
 def backward(lhs_rd, rhs, starts, dout_rf, *, transpose_rhs, gather=True):
   """Gradients of `lhs` and `rhs`; the latter is summed in float32 and rounded once."""
+  _check(lhs_rd, rhs)
   layout = _lay_out(lhs_rd, rhs, starts)
   left, right = (dout_rf, lhs_rd) if transpose_rhs else (lhs_rd, dout_rf)
   options = dict(gathered='left', index=layout.row) if gather else {}

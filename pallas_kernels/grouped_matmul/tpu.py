@@ -13,13 +13,13 @@ def check(lhs_rd, rhs):
   """Refuses what the kernels do not compute.
 
   Raises:
-    Unsupported: float16 or float64, or no rows.
+    Unsupported: float16 or float64.
   """
   types = {str(x.dtype) for x in (lhs_rd, rhs)}
-  if not types <= {'bfloat16', 'float32'} or not lhs_rd.shape[0]:
+  if not types <= {'bfloat16', 'float32'}:
     raise Unsupported(
       f'grouped_matmul on TPU: lhs {lhs_rd.dtype}{lhs_rd.shape}, rhs {rhs.dtype}{rhs.shape}; '
-      'bfloat16 and float32 with at least one row are supported'
+      'bfloat16 and float32 are supported'
     )
 
 
@@ -37,6 +37,7 @@ def forward(lhs_rd, rhs, starts, *, transpose_rhs):
 
 def backward(lhs_rd, rhs, starts, dout_rf, *, transpose_rhs):
   """Gradients of `lhs` and `rhs`."""
+  check(lhs_rd, rhs)
   num_rows, num_groups = lhs_rd.shape[0], rhs.shape[0]
   left, right = (dout_rf, lhs_rd) if transpose_rhs else (lhs_rd, dout_rf)
   itemsize = _itemsize(left, right)

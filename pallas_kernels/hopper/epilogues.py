@@ -69,7 +69,7 @@ class Store:
 
 
 class Hidden(Store):
-  """`act(gate) * up` or `act(up)`, `[P, F]`, and with `save` the pre-activations side by side, `[P, n F]`."""
+  """`act(gate) * up` or `act(up)`, `[P, F]`, and unless `save` is 0 the pre-activations side by side, `[save, n F]`."""
 
   approximate = True
 
@@ -78,7 +78,7 @@ class Hidden(Store):
     self.activation, self.sides, self.save = SLOPES[activation], sides, save
 
   def outputs(self, num_rows, strips):
-    saved = [((num_rows, self.sides * self.width), self.dtype)] if self.save else []
+    saved = [((self.save, self.sides * self.width), self.dtype)] if self.save else []
     return super().outputs(num_rows, strips) + saved
 
   def store(self, accs, part, own, out, scratch):

@@ -40,6 +40,11 @@ class Layout(NamedTuple):
     return self.row.shape[0] // self.expert.shape[0]
 
 
+def padded_rows(num_rows: int, num_experts: int, tile: int) -> int:
+  """Rows of the layout: each expert that has any may leave a part of one tile empty."""
+  return (num_rows // tile + min(num_experts, num_rows)) * tile
+
+
 def lay_out(starts: Array, num_rows: int, tile: int) -> Layout:
   """The layout of packed rows whose groups begin at `starts [E + 1]`."""
   num_experts = starts.shape[0] - 1
@@ -47,7 +52,7 @@ def lay_out(starts: Array, num_rows: int, tile: int) -> Layout:
   after_e = jnp.cumsum((count_e + tile - 1) // tile, dtype=jnp.int32)
   first_e = (after_e - (count_e + tile - 1) // tile) * tile
 
-  index = iota(num_rows // tile + min(num_experts, num_rows))
+  index = iota(padded_rows(num_rows, num_experts, tile) // tile)
   expert = jnp.minimum(_interval(after_e, index), num_experts - 1)
   offset = (index * tile - take(first_e, expert))[:, None] + iota(tile)[None, :]
   inside = (offset < take(count_e, expert)[:, None]) & (index < after_e[-1])[:, None]

@@ -12,13 +12,15 @@ from ..grouped_matmul import check_axes, starts_of
 from .reference import quantised_matmul as _reference
 
 NAMES = ('blocks', 'cpu', 'reference', 'tpu')
+# Types of the values, and the largest of each.
+LARGEST = {'int8': 127.0, 'float8_e4m3fn': 448.0}
 
 
 class Quantised(NamedTuple):
   """`values * scale`: a column of an expert's matrix has one scale.
 
   Attributes:
-    values: int8 `[E, D, F]`.
+    values: int8 or float8_e4m3fn `[E, D, F]`.
     scale: float32 `[E, 1, F]`.
   """
 
@@ -26,17 +28,26 @@ class Quantised(NamedTuple):
   scale: Array
 
 
-def quantise(rhs: Float[Array, 'E D F']) -> Quantised:
-  """The nearest of 255 levels, symmetric about zero: the largest entry of a column is 127 times its scale.
+def quantise(rhs: Float[Array, 'E D F'], dtype: str = 'int8') -> Quantised:
+  """The nearest values of eight bits, symmetric about zero: the largest entry of a column is the largest value.
 
-  No entry moves by more than half a scale. A column of zeros, or of numbers whose scale would be no normal float32, has
-  the scale 1, one with a NaN or infinity the scale NaN.
+  'int8' has 255 levels: no entry moves by more than half a scale. 'float8_e4m3fn' (4 bits of exponent, 3 of mantissa,
+  no infinity; arXiv 2209.05433) moves none by more than a sixteenth of itself, or 2^-10 of a scale if that is more.
+  A column of zeros, or of numbers whose scale would be no normal float32, has the scale 1, one with a NaN or infinity
+  the scale NaN.
+
+  Raises:
+    ValueError: another `dtype`.
   """
+  if dtype not in LARGEST:
+    raise ValueError(f'{dtype=}: accepted are {", ".join(LARGEST)}')
+  most = LARGEST[dtype]
   largest = jnp.max(jnp.abs(rhs.astype(jnp.float32)), axis=1, keepdims=True)
-  scale = jnp.where(largest < 127 * jnp.finfo(jnp.float32).tiny, 1, largest / 127)
+  scale = jnp.where(largest < most * jnp.finfo(jnp.float32).tiny, 1, largest / most)
   scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
-  levels = jnp.round(rhs.astype(jnp.float32) / scale)
-  return Quantised(jnp.where(jnp.isnan(levels), 0, levels).astype(jnp.int8), scale)
+  levels = rhs.astype(jnp.float32) / scale
+  levels = jnp.where(jnp.isnan(levels), 0, levels)
+  return Quantised((jnp.round(levels) if dtype == 'int8' else levels).astype(dtype), scale)
 
 
 def quantised_matmul(
@@ -48,7 +59,7 @@ def quantised_matmul(
 ) -> Float[Array, 'R F']:
   """`out[r] = (lhs[r] @ values[e]) * scale[e]` for the expert e whose group holds row r.
 
-  The values meet rows in the rows' type, in which every int8 is exact; sums are kept in float32 or wider. Rows past the
+  The values meet rows in the rows' type, in which each is exact; sums are kept in float32 or wider. Rows past the
   last group are zero. It has no gradient.
 
   Raises:
@@ -59,10 +70,10 @@ def quantised_matmul(
   registry.check_dtypes('quantised_matmul', lhs=lhs)
   check_axes(lhs, rhs.values, group_sizes)
   wanted = (rhs.values.shape[0], 1, rhs.values.shape[2])
-  if rhs.values.dtype != jnp.dtype('int8') or rhs.scale.shape != wanted:
+  if str(rhs.values.dtype) not in LARGEST or rhs.scale.shape != wanted:
     found = f'{rhs.values.dtype} values, scale.shape={rhs.scale.shape}'
-    raise ValueError(f'quantised_matmul: {found}, expected int8 and {wanted}')
-  if implementation == 'reference':
+    raise ValueError(f'quantised_matmul: {found}, expected {" or ".join(LARGEST)} and {wanted}')
+  if implementation == 'reference' or not lhs.shape[0]:
     return _reference(lhs, *rhs, group_sizes)
   starts = starts_of(group_sizes, lhs.shape[0])
   return _quantised_matmul(implementation, *compat.vary_together(lhs, *rhs, starts))

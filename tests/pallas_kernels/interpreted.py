@@ -16,3 +16,10 @@ def interpreted(implementation):
     detect_races=True, dma_execution_mode='on_wait', uninitialized_memory='nan'
   )
   return pltpu.force_tpu_interpret_mode(params)
+
+
+def parametrize_cases(metafunc, every, chosen):
+  """Gives a test that wants `case` those of `chosen`; with --full-matrix the whole table `every`."""
+  if 'case' in metafunc.fixturenames:
+    full = metafunc.config.getoption('--full-matrix')
+    metafunc.parametrize('case', every if full else chosen, ids=lambda case: case.name)

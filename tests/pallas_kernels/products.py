@@ -17,7 +17,7 @@ def distance(found, wanted) -> float:
   """Largest deviation relative to the largest entry; absolute where all entries are zero."""
   found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
   assert found.shape == wanted.shape and np.isfinite(found).all()
-  return float(np.abs(found - wanted).max() / (np.abs(wanted).max() or 1))
+  return float(np.abs(found - wanted).max(initial=0) / (np.abs(wanted).max(initial=0) or 1))
 
 
 def matmul_inputs(case, dtype, width_in=128, width_out=128):

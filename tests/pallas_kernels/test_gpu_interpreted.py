@@ -2,9 +2,15 @@
 
 What it cannot see is left to the compiled kernels (test_gpu_compiled.py) and to hardware (test_on_gpu.py): swizzles,
 proxy fences, registers, time. Gathered rows are copied one by one here, since it knows no machine instructions.
+
+The default suite takes a smaller case for each one of the tables, which one of the two operations has; --full-matrix
+takes all of both tables.
 """
 
 import functools
+import types
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +21,73 @@ from pallas_kernels import packed
 from pallas_kernels.expert_ffn import cases as ffn_cases
 from pallas_kernels.expert_ffn import gpu as ffn_gpu
 from pallas_kernels.grouped_matmul import gpu
-from pallas_kernels.grouped_matmul.cases import Case
+from pallas_kernels.grouped_matmul.cases import CASES, Case
 from pallas_kernels.hopper import store, target
 from tests.pallas_kernels import products
 from tests.pallas_kernels.products import distance
 
 # 2^-8: the rounding of a result to bfloat16. Of float16, 2^-11.
 ROUNDING = {'bfloat16': 2**-8, 'float16': 2**-11}
-NARROW = Case('around a tile of 64 rows, a tail', 140, (1, 64, 65, 0))
-WIDE = Case('around a tile of 128 rows, a tail', 390, (0, 127, 128, 129))
+
+
+class Small(NamedTuple):
+  """A smaller case of a name of the tables, and the variant of the kernels that it tries."""
+
+  case: Case
+  dtype: str = 'bfloat16'
+  options: Mapping = types.MappingProxyType({})
+  blocks: int = 1
+
+
+WITHOUT_GATHER = dict(gather=False)
+TRANSPOSED = dict(gather=False, transpose_rhs=True)
+SMALL = (  # tiles of 64 rows; the second has tiles of 128
+  Small(Case('uneven with a tail', 140, (1, 64, 65, 0)), blocks=2),
+  Small(Case('around the block width', 390, (0, 127, 128, 129)), options=TRANSPOSED),
+  Small(Case('one hot expert', 64, (0, 40)), 'float16', WITHOUT_GATHER),
+  Small(Case('fewer rows than experts', 3, (1, 0, 0, 0, 2)), options=WITHOUT_GATHER),
+  Small(Case('tail only', 64, (0, 0))),
+)
+
+
+def routed(name, *sizes, choices=2):
+  """A token-major routing of 128 rows; the last size is of dropped rows."""
+  experts = len(sizes) - 1
+  return ffn_cases.Case(name, 128 // choices, choices, experts, ffn_cases._sizes(*sizes))
+
+
+SMALL_LAYERS = (  # and activation, whether gated
+  (routed('uneven, some dropped', 65, 0, 40, 23), 'silu', True),
+  (routed('one choice', 0, 60, 0, 68, choices=1), 'gelu', False),
+)
+ONE_EXPERT = routed('one expert', 128, 0)
+BALANCED = Case('balanced', 40, (20, 20))
+# What two operations call by different names.
+SAME = {'all dropped': 'tail only', 'uneven, some dropped': 'uneven with a tail'}
+SAME |= {'empty experts at both ends': 'one choice', 'one row': 'fewer rows than experts'}
+SAME |= {'a tile and a row': 'around the block width'}
+
+
+def test_each_case_of_the_tables_has_a_smaller_one():
+  small = {small.case.name for small in SMALL} | {layer[0].name for layer in SMALL_LAYERS}
+  small |= {ONE_EXPERT.name, BALANCED.name}
+  named = {case.name for case in (*CASES, *ffn_cases.CASES)} - {'no rows'}  # no body sees these
+  assert {SAME.get(name, name) for name in named} <= small
+
+
+def pytest_generate_tests(metafunc):
+  full = metafunc.config.getoption('--full-matrix')
+  if 'small' in metafunc.fixturenames:
+    options = ({}, TRANSPOSED)
+    table = [
+      Small(case, options=options[i % 2], blocks=2) for i, case in enumerate(CASES) if case.num_rows
+    ]
+    names = lambda small: small.case.name
+    metafunc.parametrize('small', [*SMALL, *(table if full else [])], ids=names)
+  if 'layer' in metafunc.fixturenames:
+    table = [(case, 'silu', True) for case in ffn_cases.CASES]
+    names = lambda layer: layer[0].name
+    metafunc.parametrize('layer', [*SMALL_LAYERS, *(table if full else [])], ids=names)
 
 
 def matmul(inputs, *, transpose_rhs=False, gather=True):
@@ -42,38 +106,22 @@ def assert_near(found, wanted, tolerance):
   assert max(far.values()) < tolerance, far
 
 
-@pytest.mark.parametrize(
-  ('case', 'dtype', 'options', 'blocks'),
-  [
-    (NARROW, 'bfloat16', dict(gather=True), 2),
-    (WIDE, 'bfloat16', dict(gather=False, transpose_rhs=True), 1),
-    (Case('one hot expert', 64, (0, 40)), 'float16', dict(gather=False), 1),
-    (Case('fewer rows than experts', 3, (1, 0, 0, 0, 2)), 'bfloat16', dict(gather=False), 1),
-  ],
-  ids=lambda value: getattr(value, 'name', None),
-)
-def test_grouped_matmul_is_right_in_value_and_gradient(case, dtype, options, blocks):
+def test_grouped_matmul_is_right_in_value_and_gradient(small):
   """Rows and gradients past the last group are NaN: nothing of them may be read."""
-  inputs = products.matmul_inputs(case, dtype)
-  with target.simulated(blocks):
-    found = matmul(inputs, **options)
-  assert {str(x.dtype) for x in found.values()} == {dtype}
+  inputs = products.matmul_inputs(small.case, small.dtype)
+  with target.simulated(small.blocks):
+    found = matmul(inputs, **small.options)
+  assert {str(x.dtype) for x in found.values()} == {small.dtype}
   wanted = products.matmul_by_hand(*inputs)
-  assert_near(found, wanted, ROUNDING[dtype])
-  rotated = products.matmul_by_hand(inputs[0], np.roll(inputs[1], 1, axis=0), *inputs[2:])
-  assert distance(found['out'], rotated['out']) > 0.1
-
-
-def test_grouped_matmul_of_no_rows_is_zero():
-  inputs = products.matmul_inputs(Case('tail only', 64, (0, 0)), 'bfloat16')
-  with target.simulated(1):
-    found = matmul(inputs)
-  assert not any(x.any() for x in found.values())
+  assert_near(found, wanted, ROUNDING[small.dtype])
+  if len(small.case.sizes) > 1 and any(small.case.sizes):
+    rotated = products.matmul_by_hand(inputs[0], np.roll(inputs[1], 1, axis=0), *inputs[2:])
+    assert distance(found['out'], rotated['out']) > 0.1
 
 
 def test_wide_columns_and_weights_of_float32_whose_gradient_is_not_rounded():
   """Tiles of 256 columns; lhs and dout are rounded, their products and sums are not."""
-  lhs, rhs, starts, dout = products.matmul_inputs(Case('', 40, (10, 30)), 'bfloat16', 128, 256)
+  lhs, rhs, starts, dout = products.matmul_inputs(BALANCED, 'bfloat16', 128, 256)
   with target.simulated(1):
     found = matmul((lhs, rhs.astype(jnp.float32), starts, dout), gather=False)
   wanted = products.matmul_by_hand(lhs, rhs, starts, dout)
@@ -81,36 +129,29 @@ def test_wide_columns_and_weights_of_float32_whose_gradient_is_not_rounded():
   assert distance(found['out'], wanted['out']) < ROUNDING['bfloat16']
 
 
-def routed(*sizes):
-  """A token-major routing of 64 tokens with two choices each; the last size is of dropped rows."""
-  return ffn_cases.Case('', 64, 2, len(sizes) - 1, ffn_cases._sizes(*sizes))
-
-
-@pytest.mark.parametrize(
-  ('activation', 'gated', 'sizes'),
-  [('silu', True, (65, 0, 40, 23)), ('gelu', False, (0, 0, 60, 68))],
-)
-def test_expert_ffn_is_right_in_value_and_gradient(activation, gated, sizes):
-  """Tiles of 64 rows; an expert just past a tile, empty ones, and dropped rows."""
-  arrays = products.ffn_inputs(routed(*sizes), 'bfloat16')
+def test_expert_ffn_is_right_in_value_and_gradient(layer):
+  """Dropped rows are zero in value and gradient; kept ones are not."""
+  case, activation, gated = layer
+  arrays = products.ffn_inputs(case, 'bfloat16')
   options = dict(activation=activation, gated=gated)
   with target.simulated(1):
     found = products.ffn(arrays, 'gpu', **options)
   # 8 bits of mantissa, twice where the hidden layer is rounded too; the loss sees the rounded y.
   assert_near(found, products.ffn_by_reference(arrays, **options), 2e-2)
-  dropped = np.asarray(arrays['expert']) == len(sizes) - 1
+  dropped = np.asarray(arrays['expert']) == case.num_experts
   assert not found['weight'][dropped].any() and (found['weight'][~dropped] != 0).all()
 
 
 def test_expert_ffn_with_tiles_of_128_rows_in_memory():
   """Two warpgroups share out the rows; the rows are gathered by XLA; no NaN of a dropped token spreads."""
-  arrays = products.ffn_inputs(routed(128, 0), 'bfloat16')
+  arrays = products.ffn_inputs(ONE_EXPERT, 'bfloat16')
   plan = packed.sort_rows(arrays['expert'], 1)
   args = (arrays['token'], arrays['weight'], plan)
   weights = ((arrays['w_gate'], arrays['w_up']), arrays['w_down'])
   options = dict(activation='relu', groups=64, gather=False)
   with target.simulated(1):
-    forward = jax.jit(functools.partial(ffn_gpu.forward, **options, save=True))
+    save = ffn_gpu.saved_rows(128, 1)
+    forward = jax.jit(functools.partial(ffn_gpu.forward, **options, save=save))
     y, pre = forward(arrays['x'], *args, *weights)
     dy = jnp.cos(y.astype(jnp.float32)).astype(y.dtype)
     backward = jax.jit(functools.partial(ffn_gpu.backward, **options))
@@ -118,7 +159,7 @@ def test_expert_ffn_with_tiles_of_128_rows_in_memory():
     found = {'y': y, 'x': dx, 'weight': dweight, 'w_gate': dgate, 'w_up': dup, 'w_down': ddown}
     found = {name: np.asarray(value) for name, value in found.items()}
   assert_near(found, products.ffn_by_reference(arrays, activation='relu'), 2e-2)
-  assert pre.shape[1] == 256 and pre.dtype == jnp.bfloat16  # gate and up, in the type of x
+  assert pre.shape == (2, save, 128) and pre.dtype == jnp.bfloat16  # gate and up, in the type of x
 
 
 def test_a_race_is_an_error(monkeypatch):

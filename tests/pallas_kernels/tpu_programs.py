@@ -131,6 +131,12 @@ def _ffn(name, t, d, f, e, k, dtype, activation, matrices=2, long=False):
   return Program('expert_ffn', f'expert_ffn {name}', run, args, kernels, mib, long=long)
 
 
+def _quantised(name, dtype):
+  run = lambda *a: quantised_matmul(a[0], Quantised(*a[1:3]), a[3], implementation='tpu')
+  args = ((2048, 2048), BF16), ((64, 2048, 1024), dtype), ((64, 1, 1024), F32), ((64,), I32)
+  return Program('quantised_matmul', name, run, args, ('quantised_matmul',), TABLES)
+
+
 PROGRAMS = (
   _grouped('A up transposed', 262144, 64, 2048, 1024, BF16, transpose_rhs=True),
   _grouped('B down', 196608, 128, 256, 1536, BF16),
@@ -141,14 +147,8 @@ PROGRAMS = (
   _ffn('in float32, plain', 8192, 512, 1024, 16, 2, F32, 'relu2', matrices=1),
   _ffn('widths that no tile divides', 96, 8, 12, 4, 1, F32, 'relu'),
   _grouped('widths that no tile divides', 1000, 7, 200, 136, F32),
-  Program(
-    'quantised_matmul',
-    'A up, 256 tokens',
-    lambda *a: quantised_matmul(a[0], Quantised(*a[1:3]), a[3], implementation='tpu'),
-    (((2048, 2048), BF16), ((64, 2048, 1024), jnp.int8), ((64, 1, 1024), F32), ((64,), I32)),
-    ('quantised_matmul',),
-    TABLES,
-  ),
+  _quantised('A up, 256 tokens', jnp.int8),
+  _quantised('A up, 256 tokens, e4m3', jnp.float8_e4m3fn),
   Program(
     'ragged_all_to_all',
     'between all devices',

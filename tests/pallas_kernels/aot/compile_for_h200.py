@@ -79,7 +79,7 @@ def layer_without_gather():
 
   def run(x, token, weight, expert, w_gate, w_up, w_down):
     plan = packed.sort_rows(expert, experts)
-    options = dict(activation='relu2', groups=tokens, save=False, gather=False)
+    options = dict(activation='relu2', groups=tokens, save=0, gather=False)
     return ffn_body.forward(x, token, weight, plan, (w_gate, w_up), w_down, **options)[0]
 
   rows = [struct(tokens * choices, dtype=kind) for kind in (jnp.int32, jnp.float32, jnp.int32)]
