@@ -175,7 +175,8 @@ PROGRAMS = (
     lambda e: pack(e, 128, implementation='tpu'),
     (((196608,), I32),),
     ('rank',),
-    TABLES + 2 * 196608 * 4 / MIB,  # rank and place of each row
+    # The experts that the kernel reads, whole blocks of them; the rank of each row and the start of its expert.
+    TABLES + 3 * 196608 * 4 / MIB,
   ),
 )
 
