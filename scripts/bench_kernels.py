@@ -1,10 +1,11 @@
 """How fast are the kernels here? `scripts/python scripts/bench_kernels.py [--shapes A B C] [--only pack] [--check]`
 
 Times every body of every operation on this machine's first device against a dense matmul of the same FLOPs (the
-ceiling), `jax.lax.ragged_dot`, and what else is installed: tokamax, and with torch on CUDA its `_grouped_mm`. Random
-data (zeros are faster); contestants take turns; medians; backward is (forward + backward) - forward. Prints
-TFLOP/s by SonicMoE's convention (6 R D F forward and 12 R D F backward for a gated layer, arXiv 2512.14080), the
-fraction of the ceiling and the bytes of arguments and results. What a body cannot do is said, and is no failure.
+ceiling), `jax.lax.ragged_dot`, and what else is installed: tokamax, and with torch on CUDA its `_grouped_mm` and, with
+Triton, a layer in the manner of ScatterMoE (bench_triton.py). Random data (zeros are faster); contestants take turns;
+medians; backward is (forward + backward) - forward. Prints TFLOP/s by SonicMoE's convention (6 R D F forward and
+12 R D F backward for a gated layer, arXiv 2512.14080), the fraction of the ceiling and the bytes of arguments and
+results. What a body cannot do is said, and is no failure.
 
 `--check` first runs the correctness cases of each body here. On a CPU use `--shapes small` (seconds) or `cpu`.
 """
@@ -13,6 +14,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -215,6 +217,17 @@ def contestants(operation: str, shape: Shape, dtype):
   return programs, refused, op
 
 
+def in_torch(operation: str, arguments) -> tuple[dict, dict]:
+  """(contestants of torch and Triton where these are installed and see a GPU, why others do not take part)."""
+  name = {'grouped_matmul': 'torch', 'expert_ffn': 'triton'}.get(operation)
+  if name is None or any(importlib.util.find_spec(one) is None for one in {name, 'torch'}):
+    return {}, {}
+  try:
+    return importlib.import_module(f'bench_{name}').contestants(arguments), {}
+  except RuntimeError as error:  # of memory that is not there, of a kernel that does not compile
+    return {}, {name: str(error).splitlines()[0][:200]}
+
+
 def race(programs: dict, rounds: int, seconds: float) -> dict:
   """Median seconds of each (contestant, direction); they take turns of 20 ms at least, for `seconds` each."""
   entries = {(name, part): run for name, parts in programs.items() for part, run in parts.items()}
@@ -239,10 +252,8 @@ def contest(operation: str, shape: Shape, dtype, rounds: int, seconds: float) ->
   dense_flops = 0
   if op.flops:
     programs['dense'], dense_flops = dense(op.flops, dtype)
-  if operation == 'grouped_matmul' and importlib.util.find_spec('torch') is not None:
-    import bench_torch
-
-    programs |= bench_torch.contestants(op.arguments)
+  theirs, why = in_torch(operation, op.arguments)
+  programs, refused = programs | theirs, refused | why
   median = race(programs, rounds, seconds)
   ceiling = dense_flops / median['dense', 'forward'] if op.flops else None
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -289,6 +300,8 @@ def main(arguments=None):
   parser.add_argument('--check', action='store_true', help='run the correctness cases first')
   parser.add_argument('--out', type=pathlib.Path, help='write the rows as JSON to this file')
   options = parser.parse_args(arguments)
+  # JAX leaves memory to torch: it takes what it needs, not three quarters at once.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   on_cpu = jax.default_backend() == 'cpu'
   dtype = jnp.dtype(options.dtype or ('float32' if on_cpu else 'bfloat16'))
   checked = check(dtype) if options.check else []

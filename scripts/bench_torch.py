@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-class _Done:
+class Done:
   """A call that has been queued; `block_until_ready` waits for the device."""
 
   def __init__(self, function):
@@ -41,5 +41,5 @@ def contestants(arguments) -> dict:
     return torch.autograd.grad(torch._grouped_mm(a, w, offs=ends), (a, w), out_gradient)
 
   return {
-    'torch': {'forward': functools.partial(_Done, forward), 'both': functools.partial(_Done, both)}
+    'torch': {'forward': functools.partial(Done, forward), 'both': functools.partial(Done, both)}
   }

@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -38,6 +42,34 @@ def test_a_race_reports_each_body_and_why_others_do_not_take_part(bench, tmp_pat
   rows = {row['implementation']: row for row in json.loads(out.read_text())['rows']}
   assert rows.keys() == {'blocks', 'cpu', 'tpu'} and rows['tpu']['refused'] == 'needs a TPU'
   assert rows['cpu']['milliseconds'] > 0 and 'does not take part' in capsys.readouterr().out
+
+
+def test_a_rival_that_fails_is_no_failure(bench, monkeypatch):
+  """torch and Triton are looked for where their operation is raced, and nowhere else."""
+
+  def fail(arguments):
+    raise RuntimeError('out of memory\nand more')
+
+  rival = types.SimpleNamespace(contestants=fail)
+  monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
+  monkeypatch.setattr(bench.importlib, 'import_module', {'bench_triton': rival}.get)
+  assert bench.in_torch('expert_ffn', ()) == ({}, {'triton': 'out of memory'})
+  assert bench.in_torch('pack', ()) == ({}, {})
+  monkeypatch.setattr(
+    bench.importlib.util, 'find_spec', lambda name: None if name == 'triton' else name
+  )
+  assert bench.in_torch('expert_ffn', ()) == ({}, {})
+
+
+@pytest.mark.skipif(
+  any(importlib.util.find_spec(name) is None for name in ('torch', 'triton')),
+  reason='needs torch and triton (pip install torch triton)',
+)
+def test_the_layer_in_triton_is_right_in_its_own_simulation():
+  env = {**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''}
+  command = [sys.executable, 'scripts/bench_triton.py']
+  done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == 0 and done.stdout.count('float32') == 6, done.stdout + done.stderr
 
 
 def test_a_body_that_cannot_is_no_failure(bench, monkeypatch):
