@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.transformer.flops import forward_flops_per_token, moe_flops_per_token
+from moejax.transformer.flops import Flops, forward_flops_per_token, moe_flops_per_token
 from moejax.transformer.latent_attention import Latent
+
+COUNTED = ('experts', 'residual')
+"""Kinds of mixtures whose work is known of their sizes and choices alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ def model_cost(
   vocab_size: int,
   sequence_length: int,
   choices: float | int = 0.0,
+  layer: Any = None,
 ) -> ModelCost:
   """The cost of one language model.
 
@@ -43,21 +47,30 @@ def model_cost(
     counts: parameters by part, `count_params` of the model's own parameters; shapes are enough.
     vocab_size: V.
     sequence_length: S.
-    choices: mean number of routed experts that work on a token: `router.rows_per_token(sequence_length)`.
+    choices: mean number of routed experts that work on a token: `router.rows_per_token(sequence_length)`. Of mixtures
+      of the kind 'experts', and 'residual'; the other kinds are asked themselves.
+    layer: one mixture of the model, of any kind: `flops_per_token` and `active_share` are called; shapes are enough
+      (`jax.eval_shape`). None with `choices`.
 
   Raises:
-    ValueError: a model of images, or a mixture without choices.
+    ValueError: a model of images, or a mixture without choices and without a layer.
   """
   if model.kind == 'vit':
     raise ValueError("model.kind='vit': accepted are 'decoder' and 'encoder', laws count tokens")
-  if model.moe_layers and choices <= 0:
+  if model.moe_layers and layer is None and choices <= 0:
     raise ValueError(f'choices={choices} of a mixture: accepted is more than 0')
+  if model.moe_layers and layer is None and model.moe.kind not in COUNTED:
+    raise ValueError(
+      f'layer=None with model.moe.kind={model.moe.kind!r}: accepted is a mixture of the model, or a kind of '
+      f'{", ".join(map(repr, COUNTED))}'
+    )
   num_experts = model.moe.num_experts * model.moe.granularity
+  active = choices / num_experts if layer is None else layer.active_share(sequence_length)
   experts = counts.get('moe/experts', 0)
   embedding = counts['embed'] + counts.get('head', 0)
   router = counts.get('moe/router', 0)
   layers = counts['total'] - embedding - router
-  idle = experts * (1 - min(1.0, choices / num_experts)) if experts else 0.0
+  idle = experts * (1 - min(1.0, active)) if experts else 0.0
   flops = forward_flops_per_token(
     vocab_size=vocab_size,
     d_model=model.d_model,
@@ -70,16 +83,20 @@ def model_cost(
     gated=model.gated,
     latent=latent_of(model),
     num_moe_layers=len(model.moe_layers),
-    moe=moe_flops_per_token(
-      d_model=model.d_model,
-      d_ff=model.moe.d_ff // model.moe.granularity,
-      num_experts=num_experts,
-      experts_per_token=choices,
-      num_shared=model.moe.num_shared,
-      gated=model.gated,
-    ),
+    moe=_by_choices(model, choices) if layer is None else layer.flops_per_token(sequence_length),
   )
   return ModelCost(layers, layers - idle, embedding, router, 3.0 * sum(flops.values()))
+
+
+def _by_choices(model: Any, choices: float | int) -> Flops:
+  return moe_flops_per_token(
+    d_model=model.d_model,
+    d_ff=model.moe.d_ff // model.moe.granularity,
+    num_experts=model.moe.num_experts * model.moe.granularity,
+    experts_per_token=choices,
+    num_shared=model.moe.num_shared,
+    gated=model.gated,
+  )
 
 
 def latent_of(model: Any) -> Latent | None:

@@ -15,8 +15,8 @@ from flax import nnx
 
 from configs import common
 from experiments.settings import Settings
-from moejax import MoE
 from moejax.moe.dispatch import einsum
+from moejax.moe.kinds import make_layer
 from moejax.scaling.ours import model_cost
 from moejax.transformer import Decoder, count_params
 
@@ -30,21 +30,30 @@ def settings(**change):
   return Settings.from_config(config).model
 
 
-def make(model):
-  def moe(rngs):
-    return MoE(
-      model.d_model,
-      model.moe.d_ff,
-      model.moe.num_experts,
-      model.moe.router,
-      granularity=model.moe.granularity,
-      num_shared=model.moe.num_shared,
-      gated=model.gated,
-      dispatch=einsum,
-      losses={},
-      rngs=rngs,
-    )
+def mixture(model, rngs):
+  return make_layer(
+    model.moe.kind,
+    model.d_model,
+    model.moe.d_ff,
+    model.moe.num_experts,
+    model.moe.router,
+    options=model.moe.options,
+    granularity=model.moe.granularity,
+    num_shared=model.moe.num_shared,
+    gated=model.gated,
+    dispatch=einsum,
+    losses={},
+    rngs=rngs,
+  )
 
+
+def shape_of(model):
+  """A mixture of the model, without its numbers."""
+  return jax.eval_shape(lambda key: mixture(model, nnx.Rngs(key)), jax.random.key(0))
+
+
+def make(model):
+  moe = functools.partial(mixture, model)
   return lambda key: Decoder(
     V,
     model.d_model,
@@ -71,10 +80,10 @@ def parameters(model):
 cost = functools.partial(model_cost, vocab_size=V, sequence_length=S)
 
 
-def compiled_flops(model):
-  """XLA's count of the loss and its gradient, arrays never made."""
+def compiled_flops(model, rows=B):
+  """XLA's count of the loss and its gradient on so many sequences, arrays never made."""
   graph, state = nnx.split(jax.eval_shape(make(model), jax.random.key(0)))
-  tokens = jax.ShapeDtypeStruct((B, S), jnp.int32)
+  tokens = jax.ShapeDtypeStruct((rows, S), jnp.int32)
 
   def loss(state, tokens):
     logits = nnx.merge(graph, state)(tokens)[0]
@@ -102,6 +111,43 @@ def test_a_mixture_costs_what_the_compiler_counts_within_3_percent():
   assert counted == pytest.approx(ours * B * S, rel=0.03)
   sparse = cost(model, parameters(model), choices=2).flops_per_token
   assert counted > 1.1 * sparse * B * S  # the control: two experts a token are less
+
+
+E, D, F = 4, 512, 1024
+WIDE = {'moe.num_experts': E, 'moe.d_ff': F, 'moe.router': {'name': 'top_k', 'k': E}}
+OTHERS = {
+  # what einsum, or the kind itself, multiplies for a token beside its model FLOPs: weights and outputs of all experts
+  'residual': (WIDE, 2 * E * D),
+  'multi_head': (WIDE | {'moe.options': {'heads': 2}}, 2 * E * D),
+  'cartesian': (WIDE, 2 * 2 * E * D),
+  'deep': (WIDE, 2 * E * (D + F)),
+  'nested': (WIDE | {'moe.options': {'effective': 0.9}, 'moe.d_ff': 4096}, 0),
+  'peer': (
+    {'moe.num_experts': 4096, 'moe.options': {'heads': 8, 'k': 8, 'query_width': 256}},
+    0,
+  ),
+}
+
+
+@pytest.mark.parametrize('kind', OTHERS)
+def test_other_kinds_of_mixtures_cost_what_the_compiler_counts_within_3_percent(kind):
+  """One sequence: the neurons of PEER are a loop over chunks of 128 tokens."""
+  change, beside = OTHERS[kind]
+  model = settings(**{**DENSE, 'moe.layers': '1', 'moe.kind': kind, **change})
+  layer, counts = shape_of(model), parameters(model)
+  found = cost(model, counts, layer=layer)
+  counted = compiled_flops(model, rows=1)
+  assert counted == pytest.approx((found.flops_per_token + 3 * beside) * S, rel=0.03)
+  own = 3 * sum(layer.flops_per_token(S).values())
+  assert own > 0.1 * found.flops_per_token  # the control: without the mixture it is far less
+  idle = counts['moe/experts'] * (1 - layer.active_share(S))
+  assert found.N - found.N_active == pytest.approx(idle)
+
+
+def test_a_kind_that_must_be_asked_is_refused_without_its_layer():
+  model = settings(**{**DENSE, 'moe.kind': 'peer', 'moe.layers': '1', 'moe.num_experts': 16})
+  with pytest.raises(ValueError, match="layer=None with model.moe.kind='peer'"):
+    cost(model, {'embed': 1, 'total': 2}, choices=2)
 
 
 def test_parameters_counted_by_hand():
