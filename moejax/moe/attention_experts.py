@@ -21,7 +21,7 @@ from moejax.routers.top_k import check_name
 from moejax.transformer.attention import Visible, attend, visibility
 from moejax.transformer.linear import Linear, master_dtype
 from moejax.transformer.rotary import rotate
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, pack
 
 KINDS = ('softmax', 'stick_breaking')
 
@@ -141,9 +141,8 @@ class AttentionExperts(nnx.Module):
   def _attend(self, x_bsd: Array, plan: Assignment, rotation, visible: Visible | None) -> Array:
     """Projections work on rows sorted by expert, attention on rows of a token side by side, as its query heads."""
     num_sequences, num_positions, _ = x_bsd.shape
-    order_r = jnp.argsort(plan.expert, stable=True)
-    back_r = jnp.argsort(order_r)
-    sizes_e = jnp.bincount(plan.expert, length=plan.num_experts + 1)[:-1].astype(jnp.int32)
+    order_r, back_r, starts = pack(plan.expert, plan.num_experts)
+    sizes_e = jnp.diff(starts)
     x_rd = x_bsd.reshape(-1, x_bsd.shape[-1])[plan.token[order_r]]
     q = grouped_matmul(x_rd, self.w_query[...].astype(self.dtype), sizes_e)[back_r]
     q = q.reshape(num_sequences, num_positions, -1, q.shape[-1])

@@ -29,7 +29,7 @@ from moejax.routers.router import as_batch
 from moejax.transformer.attention import Visible, attend, visibility
 from moejax.transformer.linear import Linear
 from moejax.transformer.rotary import rotate
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, pack
 
 
 class SwitchHead(nnx.Module):
@@ -158,8 +158,7 @@ class SwitchHead(nnx.Module):
 
 def _rows(row_rd: Array, kernel: Array, plan: Assignment) -> Array:
   """Every row times the matrix of its expert and its weight; zero of dropped rows."""
-  order_r = jnp.argsort(plan.expert, stable=True)
-  sizes_e = jnp.bincount(plan.expert, length=plan.num_experts + 1)[:-1].astype(jnp.int32)
-  y = grouped_matmul(row_rd[order_r], kernel.astype(row_rd.dtype), sizes_e)[jnp.argsort(order_r)]
+  order_r, back_r, starts = pack(plan.expert, plan.num_experts)
+  y = grouped_matmul(row_rd[order_r], kernel.astype(row_rd.dtype), jnp.diff(starts))[back_r]
   kept_r = plan.expert < plan.num_experts
   return jnp.where(kept_r[:, None], y, 0) * plan.weight.astype(y.dtype)[:, None]

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import pack
+
 PRIORITIES = ('token_major', 'choice_major', 'score', 'random')
 
 
@@ -26,13 +28,12 @@ def capacities(
 
 
 def rank_within(bin_r: Int[Array, ' R'], num_bins: int) -> Int[Array, ' R']:
-  """How many earlier rows fall in the same bin (the same expert, say): a stable sort instead of an `[R, E]`
-  cumulative sum. A bin of index `num_bins` collects what is not wanted."""
-  order_r = jnp.argsort(bin_r, stable=True)
-  sizes = jnp.bincount(bin_r, length=num_bins + 1)
-  starts = jnp.cumsum(sizes) - sizes
-  rank_sorted_r = jnp.arange(bin_r.size, dtype=jnp.int32) - starts[bin_r[order_r]].astype(jnp.int32)
-  return jnp.zeros_like(rank_sorted_r).at[order_r].set(rank_sorted_r, unique_indices=True)
+  """How many earlier rows fall in the same bin (the same expert, say): no `[R, E]` cumulative sum, no argsort.
+
+  A bin of index `num_bins` collects what is not wanted.
+  """
+  packing = pack(bin_r, num_bins)
+  return packing.position - packing.starts[bin_r]
 
 
 def keep_within_capacity(

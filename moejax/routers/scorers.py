@@ -93,4 +93,5 @@ def check_key(context: Context, what: str) -> Array:
 
 def only(expert_bs: Int[Array, 'B S'], num_experts: int, dtype) -> Float[Array, 'B S E']:
   """Logits of which the softmax is one expert with certainty: 0 there, -inf elsewhere."""
-  return jnp.log(jax.nn.one_hot(expert_bs, num_experts, dtype=dtype))
+  chosen_bse = expert_bs[..., None] == jnp.arange(num_experts, dtype=expert_bs.dtype)[None, None]
+  return jnp.where(chosen_bse, 0, -jnp.inf).astype(dtype)

@@ -27,6 +27,9 @@ from moejax.routers.router import Flags, Router
 from moejax.routers.scorers import LinearScorer
 from moejax.routers.top_k import check_name, token_choice
 
+BY_LOGARITHMS = 10
+"""One round of so many."""
+
 
 def sinkhorn_plan(
   logits: Float[Array, 'G T E'],
@@ -37,8 +40,9 @@ def sinkhorn_plan(
 ) -> Float[Array, 'G T E']:
   """`exp(u_t + logits / temperature + v_e)` with rows that sum to 1 and columns that sum to T / E.
 
-  Columns and rows are scaled in turn, rows last, on logarithms, so that no logit overflows. It does not change when
-  a constant is added to the logits of a token or to those of an expert.
+  Columns and rows are scaled in turn, rows last. It does not change when a constant is added to the logits of a token
+  or to those of an expert: one round of ten is on logarithms, so that no logit overflows; the others scale what it
+  leaves, without an exponential.
 
   Args:
     logits: affinities.
@@ -55,13 +59,27 @@ def sinkhorn_plan(
   def rows(v_ge):
     return -jax.nn.logsumexp(logits + v_ge[:, None], -1)
 
-  def one_round(_, v_ge):
-    mass_ge = jax.nn.logsumexp(logits + rows(v_ge)[..., None], 1, where=real[..., None])
-    return jnp.maximum(jnp.log(mass_g)[:, None] - mass_ge, jnp.finfo(dtype).min)
+  def scaled(v_ge):
+    plan = jnp.exp(logits + rows(v_ge)[..., None] + v_ge[:, None])
+    return jnp.where(real[..., None], plan, 0)
 
-  v_ge = jax.lax.fori_loop(0, iterations, one_round, jnp.zeros_like(logits[:, 0]))
-  plan = jnp.exp(logits + rows(v_ge)[..., None] + v_ge[:, None])
-  return jnp.where(real[..., None], plan, 0)
+  def some_rounds(index, v_ge):
+    mass_ge = jax.nn.logsumexp(logits + rows(v_ge)[..., None], 1, where=real[..., None])
+    v_ge = jnp.maximum(jnp.log(mass_g)[:, None] - mass_ge, jnp.finfo(dtype).min)
+    plan = scaled(v_ge)
+
+    def one_round(_, scale_ge):
+      row_gt = jnp.einsum('GTE,GE->GT', plan, scale_ge)
+      column_ge = jnp.einsum('GTE,GT->GE', plan, 1 / jnp.maximum(row_gt, least))
+      return mass_g[:, None] / jnp.maximum(column_ge, least)
+
+    more = jnp.minimum(iterations - index * BY_LOGARITHMS, BY_LOGARITHMS)
+    scale_ge = jax.lax.fori_loop(1, more, one_round, jnp.ones_like(v_ge))
+    return v_ge + jnp.log(jnp.maximum(scale_ge, least))
+
+  least = jnp.asarray(1e-30, dtype)
+  turns = -(-iterations // BY_LOGARITHMS)
+  return scaled(jax.lax.fori_loop(0, turns, some_rounds, jnp.zeros_like(logits[:, 0])))
 
 
 def _grouped_plan(

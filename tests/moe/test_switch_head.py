@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moejax import Context
+from moejax.mesh.make import BATCH_AXES, make_mesh
+from moejax.moe.attention_experts import AttentionExperts
 from moejax.moe.switch_head import SwitchHead
 from moejax.transformer import rotation
 
@@ -89,3 +93,18 @@ def test_work_and_active_parameters_counted_by_hand():
 def test_sizes_out_of_range_are_refused():
   with pytest.raises(ValueError, match='k=4 with num_experts=3: accepted are 1 to 3'):
     make(k=4)
+
+
+@pytest.mark.parametrize('kind', [SwitchHead, AttentionExperts])
+def test_sequences_on_two_devices_give_the_gradients_of_one(kind):
+  graph, state = nnx.split(kind(D, H, E, rngs=nnx.Rngs(0)))
+  x = jax.random.normal(jax.random.key(1), (B, S, D))
+  mesh = make_mesh(2, devices=jax.devices()[:2])
+  loss = lambda state, x: (nnx.merge(graph, state)(x, None, TURN)[0] ** 2).sum()
+  step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+  placed = jax.device_put(x, NamedSharding(mesh, P(BATCH_AXES)))
+  everywhere = jax.device_put(state, NamedSharding(mesh, P()))
+  for a, b in zip(
+    jax.tree.leaves(step(everywhere, placed)), jax.tree.leaves(step(state, x)), strict=True
+  ):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
