@@ -155,7 +155,7 @@ class Peer(nnx.Module):
     return min(1.0, self.heads * self.k / self.side**2)
 
   def flops_per_token(self, sequence_length: int) -> dict[str, int | float]:
-    """Model FLOPs of one token, by part; the sums of pairs of candidates are elementwise work."""
+    """Model FLOPs of one token, by part; the sums of the k * k candidates are elementwise work."""
     d_model, width = self.query.weight.shape
     keys = 2 * self.side * width  # both halves of all heads' queries with n keys each
     experts = self.heads * self.k * 2 * 2 * d_model
@@ -174,19 +174,18 @@ def _one_neuron(activation: str, up_d: Array, down_d: Array, x: Array) -> Array:
 def product_top_k(
   first: Float[Array, '*batch E'], second: Float[Array, '*batch E'], k: int
 ) -> tuple[Float[Array, '*batch K'], Int[Array, '*batch K']]:
-  """The k largest of all `first_i + second_j`, and their numbers `i * n + j`, in O(n + k log k).
+  """The k largest of all `first_i + second_j`, and their numbers `i * n + j`, in O(n + k^2).
 
-  Exact: a pair of the i-th best of one side and the j-th best of the other has i * j - 1 pairs that are no worse, so
-  that only those with i * j <= k can be among the k best. Of equal sums, pairs with a larger `first_i` come first.
+  Exact: both members of one of the k best pairs are among the k best of their side. Of equal sums, pairs with a
+  larger `first_i` come first.
   """
   side = second.shape[-1]
   first_k, i = jax.lax.top_k(first, k)
   second_k, j = jax.lax.top_k(second, k)
-  partners = [k // (rank + 1) for rank in range(k)]
-  sums = [first_k[..., r : r + 1] + second_k[..., :count] for r, count in enumerate(partners)]
-  numbers = [i[..., r : r + 1] * side + j[..., :count] for r, count in enumerate(partners)]
-  value, place = jax.lax.top_k(jnp.concatenate(sums, -1), k)
-  return value, jnp.take_along_axis(jnp.concatenate(numbers, -1), place, -1)
+  pairs = (first_k[..., :, None] + second_k[..., None, :]).reshape(*first_k.shape[:-1], k * k)
+  value, place = jax.lax.top_k(pairs, k)
+  row = jnp.take_along_axis(i, place // k, -1)
+  return value, row * side + jnp.take_along_axis(j, place % k, -1)
 
 
 def retrieval_stats(
