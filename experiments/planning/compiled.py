@@ -40,6 +40,7 @@ from moejax.mesh.traffic import collectives
 Key = tuple[str, int]
 _RSS_UNIT = 1 if sys.platform == 'darwin' else 1024
 
+LIVES, ALLOCATED = 'memory that lives at once', 'memory that is allocated'
 LARGE = 0.02
 """Of all bytes: collectives below are not compared, statistics and the odd permutation."""
 
@@ -167,17 +168,21 @@ class Comparison:
 
 
 def compare(work: Workload, layout: Layout, found: Compiled) -> list[Comparison]:
-  """State, other memory, and every collective that is large in one of both.
+  """State, all memory, and every collective that is large in one of both.
+
+  A compiler tells of memory twice: the most that lives at once, and what it allocates, gaps among it. What a run needs
+  lies between.
 
   Collectives are told apart by the number of devices that work together, not by their axes: where weights are copies
   along one axis and cut along another the compiler mixes the two. A sum counts once, whether it is scattered or whole
-  on every device: `scattered` has which.
+  on every device: `scattered` has which. Permutations between orders of devices are not predicted.
   """
   needed = memory(work, layout)
   state = needed['parameters'] + needed['optimizer']
   rows = [
     Comparison('state', state, found.arguments),
-    Comparison('other memory', sum(needed.values()) - state, found.temporaries),
+    Comparison(LIVES, sum(needed.values()), found.peak),
+    Comparison(ALLOCATED, sum(needed.values()), found.arguments + found.temporaries),
   ]
   axes: dict[Key, set[str]] = {}
   for move in moves(work, layout):
@@ -187,7 +192,7 @@ def compare(work: Workload, layout: Layout, found: Compiled) -> list[Comparison]
   for key in sorted({*predicted, *compiled}, key=lambda key: -compiled.get(key, 0.0)):
     over = ', '.join(sorted(axes.get(key, ()))) or f'{key[1]} devices'
     one = Comparison(f'{key[0]} over {over}', predicted.get(key, 0.0), compiled.get(key, 0.0))
-    if max(one.predicted, one.compiled) > LARGE * total:
+    if max(one.predicted, one.compiled) > LARGE * total and key[0] != 'collective-permute':
       rows.append(one)
   return rows
 

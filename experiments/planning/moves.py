@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from experiments.planning.workload import Layout, Workload
+from moejax.mesh.make import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,11 @@ def along(layout: Layout, axes: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
   """Those of the axes that are longer than one device, and how many devices they are together."""
   used = tuple(axis for axis in axes if layout.sizes.get(axis, 1) > 1)
   return used, math.prod(layout.sizes[axis] for axis in used)
+
+
+def over_fsdp_alone(layout: Layout) -> bool:
+  """Whether `fsdp` is the only axis that the batch is sharded over."""
+  return along(layout, BATCH_AXES)[0] in ((), ('fsdp',))
 
 
 def by_kind(found: Sequence[Move]) -> Mapping[tuple[str, tuple[str, ...]], float]:

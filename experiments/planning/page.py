@@ -38,21 +38,34 @@ td.rule { font-family: ui-monospace, Menlo, monospace; font-size: 12px; text-ali
 
 
 def write_page(
-  file: Path, name: str, work: Workload, topology: Topology, plans: Sequence[Plan]
+  file: Path,
+  name: str,
+  work: Workload,
+  topology: Topology,
+  plans: Sequence[Plan],
+  notes: Sequence[str] = (),
 ) -> None:
-  """Writes the page of these plans, the fastest first."""
+  """Writes the page of these plans, the fastest first, with these sentences among its notes."""
   file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(render(name, work, topology, plans), encoding='utf-8')
+  file.write_text(render(name, work, topology, plans, notes), encoding='utf-8')
 
 
-def render(name: str, work: Workload, topology: Topology, plans: Sequence[Plan]) -> str:
+def render(
+  name: str,
+  work: Workload,
+  topology: Topology,
+  plans: Sequence[Plan],
+  notes: Sequence[str] = (),
+) -> str:
   best = plans[0]
+  said = [*report.notes(work, best.layout), *notes]
   title = html.escape(f'{name} on {topology.name}')
   lines = report.heading(name, work, topology).splitlines()
   body = [
     f'<header><h1>{title}</h1>' + ''.join(f'<p>{html.escape(line)}</p>' for line in lines),
     f'{_tiles(best, topology, len(plans))}</header><main>',
     f'<h2>The best layout, to paste</h2><pre>{html.escape(report.to_paste(best.layout))}</pre>',
+    ''.join(f'<p>{html.escape(note)}</p>' for note in said),
     f'<h2>Memory of a device</h2>{_memory(best, topology)}',
     f'<h2>Time of a step</h2>{_times(plans[:SHOWN])}',
     '<p>A step takes the longer of matmul and memory, and then the network; the bars show all three.</p>',

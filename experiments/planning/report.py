@@ -8,6 +8,7 @@ from experiments.planning.chips import Topology
 from experiments.planning.compiled import Comparison, Compiled
 from experiments.planning.memory import GROUPS
 from experiments.planning.moves import by_kind
+from experiments.planning.rows import room
 from experiments.planning.search import Plan, describe
 from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, Workload
@@ -72,6 +73,22 @@ def to_paste(layout: Layout) -> str:
     f'--config.microbatches={layout.microbatches}',
   ]
   return ' \\\n'.join(lines)
+
+
+def notes(work: Workload, layout: Layout) -> list[str]:
+  """What the figures of this layout suppose, a sentence each."""
+  said = []
+  if layout.exchange == 'all_to_all':
+    factor = room(work, layout) / (work.tokens(layout) * work.choices)
+    said.append(
+      f'all_to_all has places for {factor:g} times the mean load (model.moe.exchange_options); rows beyond are lost, '
+      'and counted.'
+    )
+  if layout.tensor > 1 and work.settings.model.attention == 'latent':
+    said.append(
+      'Of latent attention over the axis tensor one small step was compiled: its traffic is a guess.'
+    )
+  return said
 
 
 def memory_lines(plan: Plan) -> str:

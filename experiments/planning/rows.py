@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.planning.moves import Move, along, runs
+from experiments.planning.moves import Move, along, over_fsdp_alone, runs
 from experiments.planning.workload import Layout, Workload
 from experiments.settings import Settings
 from moejax.moe.exchange import AllToAll, RaggedAllToAll
@@ -100,7 +100,9 @@ def _attention(work: Workload, layout: Layout) -> Iterator[Move]:
   _, forward = runs(work, layout)
   each = layout.microbatches * model.num_layers * work.tokens(layout) * work.width
   if latent is None:
-    yield Move('all-gather', axes, size, 'activations', each * (forward + 3) * model.d_model)
+    norm = model.qk_norm and model.qk_norm_scope == 'all'  # over heads of several devices
+    gathers = forward + 3 + norm
+    yield Move('all-gather', axes, size, 'activations', each * gathers * model.d_model)
     yield Move('reduce-scatter', axes, size, 'activations', each * (forward + 1) * model.d_model)
     return
   ranks = (latent.q_rank or 0) + latent.kv_rank + latent.rotary_dim
@@ -114,14 +116,14 @@ def _attention(work: Workload, layout: Layout) -> Iterator[Move]:
 def _ends(work: Workload, layout: Layout) -> Iterator[Move]:
   """The gradient of the embedding needs tokens whole; the head does too, or adds up partial logits, float32.
 
-  The TPU compiler does the latter where the axes `expert` and `tensor` are both in use.
+  The TPU compiler does the latter where the batch is sharded over more axes than `fsdp`.
   """
   axes, size = along(layout, ('tensor',))
   layers, _ = runs(work, layout)
   tokens = layout.microbatches * work.tokens(layout)
   d_model = work.settings.model.d_model
   yield Move('all-gather', axes, size, 'activations', tokens * d_model * 4)
-  if layout.expert > 1:
-    yield Move('all-reduce', axes, size, 'logits', layers * tokens * work.vocab_size * 4)
-  else:
+  if over_fsdp_alone(layout):
     yield Move('all-gather', axes, size, 'activations', layers * tokens * d_model * work.width)
+  else:
+    yield Move('all-reduce', axes, size, 'logits', layers * tokens * work.vocab_size * 4)

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+import jax
+
 from experiments.build import router_facts
 from experiments.errors import BadInput
 from experiments.planning.chips import Topology
@@ -13,7 +15,8 @@ from experiments.planning.memory import GROUPS, Memory, memory
 from experiments.planning.roofline import Times, times
 from experiments.planning.workload import EXCHANGES, Layout, Workload
 from experiments.settings import Settings
-from moejax.mesh.make import AXES, BATCH_AXES
+from moejax.mesh.make import AXES, BATCH_AXES, make_mesh
+from moejax.moe.exchange import make_exchange
 
 USABLE = 0.95
 """Of a device's memory: the rest is the runtime's, and fragments."""
@@ -73,6 +76,10 @@ def plan_of(work: Workload, layout: Layout, topology: Topology) -> Plan:
       f'batch_size={work.settings.batch_size} in microbatches={layout.microbatches} of {per_part} does not divide over '
       f'the {layout.batch_shards} shards of the batch'
     )
+  if heads(work) % layout.tensor:
+    raise BadInput(
+      f'{heads(work)} heads of keys do not divide over mesh axis tensor={layout.tensor}'
+    )
   for tensor in work.tensors:
     if not tensor.divides(layout.sizes):
       raise BadInput(
@@ -88,7 +95,7 @@ def own_layout(settings: Settings, devices: int) -> Layout:
   """The layout that the config itself names; exchange 'auto' as experiments.build chooses it.
 
   Raises:
-    BadInput: axes that do not make the number of devices, or an exchange that is not known here.
+    BadInput: axes that do not make the number of devices, or an exchange (or option of it) that is not known.
   """
   given = dict(vars(settings.mesh))
   product = math.prod(size for size in given.values() if size != -1)
@@ -103,6 +110,11 @@ def own_layout(settings: Settings, devices: int) -> Layout:
     raise BadInput(
       f'model.moe.exchange={name} is not planned for: accepted are {", ".join(EXCHANGES)}'
     )
+  alone = make_mesh(devices=jax.devices()[:1])
+  try:
+    make_exchange(name, alone, BATCH_AXES, settings.model.moe.exchange_options)
+  except ValueError as error:
+    raise BadInput(f'model.moe: {error}') from error
   return Layout({axis: sizes[axis] for axis in AXES}, name, settings.microbatches)
 
 
@@ -159,12 +171,16 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
     yield {axis: sizes[axis] for axis in AXES}
 
 
+def heads(work: Workload) -> int:
+  """Heads that `tensor` cuts: those of keys and values."""
+  model = work.settings.model
+  return model.num_heads if model.attention == 'latent' else model.num_kv_heads
+
+
 def _divides(work: Workload, sizes: dict[str, int]) -> bool:
   cut = any('tensor' in axes for tensor in work.tensors for axes in tensor.axes)
   if sizes.get('tensor', 1) > 1 and not cut:  # no rule of moejax/mesh/rules.py uses the axis
     return False
-  model = work.settings.model
-  heads = model.num_heads if model.attention == 'latent' else model.num_kv_heads
-  if heads % sizes.get('tensor', 1):
+  if heads(work) % sizes.get('tensor', 1):
     return False
   return all(tensor.divides(sizes) for tensor in work.tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from experiments.planning.moves import Move, along, runs
+from experiments.planning.moves import Move, along, over_fsdp_alone, runs
 from experiments.planning.rows import exchange, tensor_parallel
 from experiments.planning.workload import Layout, Workload
 from moejax.mesh.make import BATCH_AXES
@@ -51,18 +51,11 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
     if what == 'embedding':
       yield from _embedding(work, layout, elements)
       continue
-    # weights of latent attention between tokens that are cut by model width: gathered in part, summed whole
-    beside = what == 'dense' and sharded > 1 and layout.tensor > 1 and 'tensor' not in over
+    if sharded > 1 and layout.tensor > 1 and 'tensor' not in over:
+      yield from _beside_tensor(work, layout, what, elements, gathers[what])
+      continue
     if sharded > 1:
-      read = whole / layout.tensor if beside else whole
-      yield Move('all-gather', fsdp, fsdp_size, what, parts * gathers[what] * read * work.width)
-    if beside:
-      axes, size = along(layout, BATCH_AXES)
-      yield Move('all-reduce', axes, size, what, parts * whole * work.width)
-      continue
-    if what == 'head' and layout.tensor > 1:
-      yield _head_beside_tensor(work, layout, elements)
-      continue
+      yield Move('all-gather', fsdp, fsdp_size, what, parts * gathers[what] * whole * work.width)
     width = work.width if what in ('dense', 'experts') else 4
     if sharded > 1:
       kind = 'all-reduce' if what != 'dense' and fsdp_size > FUSED else 'reduce-scatter'
@@ -78,10 +71,16 @@ def _embedding(work: Workload, layout: Layout, elements: int) -> Iterator[Move]:
   axes, size = along(layout, BATCH_AXES)
   fsdp, fsdp_size = along(layout, ('fsdp',))
   if work.sums_table(layout):
-    kind = 'reduce-scatter' if axes == ('fsdp',) and size <= FUSED else 'all-reduce'
+    alone = over_fsdp_alone(layout)
+    if alone and size > FUSED:  # every device gets all tokens in its part of the model width
+      tokens = parts * work.tokens(layout) * work.settings.model.d_model * 4
+      yield Move('all-to-all', axes, size, 'embedding', tokens)
+      return
+    kind = 'reduce-scatter' if alone else 'all-reduce'
     yield Move(kind, axes, size, 'embedding', parts * table)
     if parts > 1:  # the sum over microbatches is sharded
-      yield Move('all-gather', fsdp, fsdp_size, 'embedding', parts * table)
+      part = max(1, fsdp_size // layout.tensor)  # as far as tokens are cut by model width
+      yield Move('all-gather', fsdp, part, 'embedding', parts * table / layout.tensor)
     return
   tokens = work.tokens(layout) * size * work.settings.model.d_model * 4
   yield Move('all-gather', axes, size, 'embedding', parts * tokens)
@@ -90,9 +89,24 @@ def _embedding(work: Workload, layout: Layout, elements: int) -> Iterator[Move]:
   yield Move('all-reduce', others, size, 'embedding', table / fsdp_size)
 
 
-def _head_beside_tensor(work: Workload, layout: Layout, elements: int) -> Move:
-  """Tokens are cut by model width: the gradient of the head is summed in each microbatch and stays whole."""
+def _beside_tensor(
+  work: Workload, layout: Layout, what: str, elements: int, gathers: int
+) -> Iterator[Move]:
+  """The head, and narrow weights of latent attention: not cut over `tensor`, between tokens that are by model width.
+
+  They are gathered as far as the tokens are cut, and their gradients summed as they are in each microbatch.
+  """
+  parts, fsdp = layout.microbatches, layout.sizes['fsdp']
+  gathered = parts * gathers * elements * work.width
+  if what == 'head' and over_fsdp_alone(layout):
+    yield Move('all-gather', ('fsdp',), fsdp, what, gathered)
+  else:
+    part = max(1, fsdp // layout.tensor)
+    yield Move('all-gather', ('fsdp',), part, what, gathered / layout.tensor)
   axes, size = along(layout, BATCH_AXES)
-  cut = layout.expert == 1 or layout.sizes.get('fsdp', 1) == layout.tensor
+  if what != 'head':
+    yield Move('all-reduce', axes, size, what, parts * elements * work.width)
+    return
+  cut = parts > 1 or over_fsdp_alone(layout) or fsdp == layout.tensor
   whole = elements / layout.tensor if cut else elements
-  return Move('all-reduce', axes, size, 'head', layout.microbatches * whole * 4)
+  yield Move('all-reduce', axes, size, what, parts * whole * 4)

@@ -28,6 +28,10 @@ _CALLS = re.compile(
   r'(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)'
 )
 _BRANCHES = re.compile(r'(?:branch_computations|called_computations)=\{([^}]*)\}')
+# v5e runs a collective in pieces beside the work of several fusions, each of which names it again
+_CONTINUES = re.compile(
+  r' [a-z-]+-(done|update)\(|^\s*(ROOT )?%async-collective-done[\w.-]* = |calls=%async_collective_fusion'
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -92,7 +96,7 @@ def collectives(compiled: Any, num_devices: int) -> list[Collective]:
         groups = _groups(rest, num_devices, kind)
         source = re.search(r'op_name="([^"]*)"', rest)
         one = Collective(
-          kind, _operand(rest, sizes), groups, times, conditional, source[1] if source else ''
+          kind, _operand(rest, sizes, kind), groups, times, conditional, source[1] if source else ''
         )
         if one.sent:
           found.append(one)
@@ -141,7 +145,7 @@ def _reached(computations: dict[str, list[str]], entry: str) -> dict[str, tuple[
     before, always = reached.get(name, (0, True))
     reached[name] = (before + times, conditional and always)
     for line in computations.get(name, ()):
-      if re.search(r' [a-z-]+-(done|update)\(', line):  # the start has counted
+      if _CONTINUES.search(line):  # the start has counted
         continue
       trips = _loop_length(line, computations)
       for key, callee in _CALLS.findall(line):
@@ -191,16 +195,15 @@ def _bytes(text: str) -> int:
   return total
 
 
-def _operand(rest: str, sizes: dict[str, int]) -> int:
+def _operand(rest: str, sizes: dict[str, int], kind: str) -> int:
   """Bytes of the operands; of a ragged exchange, of source or target, the others being integers.
 
   Its devices send together what they receive, so that on average neither fills more than the smaller of the two.
   """
   inside = re.split(r'\), (?:channel_id|replica_groups|source_target_pairs)=', rest)[0]
   names = re.findall(r'%([\w.-]+)', inside)
-  ragged = ' ragged' in rest or 'ragged_all_to_all' in rest
   found = [sizes.get(name, 0) for name in names]
-  return min(found[:2], default=0) if ragged else sum(found)
+  return min(found[:2], default=0) if kind.startswith('ragged') else sum(found)
 
 
 def _groups(rest: str, num_devices: int, kind: str) -> tuple[tuple[int, ...], ...]:

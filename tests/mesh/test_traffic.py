@@ -110,6 +110,47 @@ ENTRY %main (x: bf16[8,128]) -> bf16[64,128] {
   assert sum(one.sent for one in found) == 2 * 7 * 8 * 128 * 2
 
 
+def test_a_collective_that_runs_beside_several_fusions_counts_once():
+  """As v5e does it: started in one fusion, continued in another with work of its own, done in a third."""
+  gather = 'all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}'
+  computations = '\n'.join(
+    f'%{name} (p: f32[8]) -> f32[64] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT %g{i} = f32[64]{{0}} {gather}\n}}\n'
+    for i, name in enumerate(('started', 'async_collective_fusion.3', 'ended'))
+  )
+  module = f"""HloModule m
+
+{computations}
+%uses (p: f32[64]) -> f32[64] {{
+  %p = f32[64]{{0}} parameter(0)
+  ROOT %r = f32[64]{{0}} all-reduce(%p), channel_id=8, replica_groups=[1,8]<=[8], to_apply=%add
+}}
+
+ENTRY %main (x: f32[8]) -> f32[64] {{
+  %x = f32[8]{{0}} parameter(0)
+  %async-collective-start.2 = f32[64]{{0}} fusion(%x), kind=kCustom, calls=%started
+  %fusion.3 = f32[64]{{0}} fusion(%async-collective-start.2), kind=kOutput, calls=%async_collective_fusion.3
+  %async-collective-done.2 = f32[64]{{0}} fusion(%fusion.3), kind=kCustom, calls=%ended
+  ROOT %y = f32[64]{{0}} fusion(%async-collective-done.2), kind=kLoop, calls=%uses
+}}
+"""
+  assert sorted(one.kind for one in collectives(module, 8)) == ['all-gather', 'all-reduce']
+
+
+def test_a_ragged_exchange_sends_no_more_than_it_has_or_than_the_target_takes():
+  """Where rows come back from a buffer for the worst case, 64 of them, there is room for 16 alone."""
+  line = '  ROOT %y = f32[16] ragged-all-to-all(%x, %out, %a, %b, %c, %d), channel_id=1, replica_groups={{0,1,2,3}}'
+  module = f"""HloModule m
+
+ENTRY %main (x: f32[64], out: f32[16]) -> f32[16] {{
+  %x = f32[64]{{0}} parameter(0)
+  %out = f32[16]{{0}} parameter(1)
+{line}
+}}
+"""
+  (one,) = collectives(module, 4)
+  assert (one.operand, one.sent) == (64, 64 * 3 / 4)
+
+
 TPU_LOOP = """HloModule jit_f, num_partitions=4
 
 %condition (p: (s32[], f32[8])) -> pred[] {

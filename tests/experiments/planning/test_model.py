@@ -83,10 +83,13 @@ def test_what_a_device_sends_is_counted_by_hand():
 def test_microbatches_gather_the_weights_for_each_and_once_more():
   one = by_kind(moves(*of(small(), fsdp=8)))['all-gather', ('fsdp',)]
   work, layout = of(small(), microbatches=2, fsdp=8)
-  two = by_kind(moves(work, layout))['all-gather', ('fsdp',)]
-  again = 2 * 2 * (4 * ATTENTION + 3 * EXPERTS + 2 * V * D) + 2 * V * D * 4
+  sent = by_kind(moves(work, layout))
+  two = sent['all-gather', ('fsdp',)]
+  again = 2 * 2 * (4 * ATTENTION + 3 * EXPERTS + 2 * V * D)
   assert two == again * 7 / 8
   assert two > 2 * one
+  # nothing else shares the batch: tokens go to the devices that hold their part of the table
+  assert sent['all-to-all', ('fsdp',)] == 2 * (TOKENS // 2) * D * 4 * 7 / 8
 
 
 def test_the_gradient_of_the_embedding_is_a_table_or_the_tokens_whichever_is_smaller():
@@ -264,11 +267,18 @@ def test_the_configs_own_mesh_is_checked():
   found = own_layout(settings, 8)
   assert {axis: size for axis, size in found.sizes.items() if size > 1} == {'fsdp': 2, 'expert': 4}
   assert (found.exchange, found.microbatches) == ('all_gather', 1)
+  wrong = small(
+    **{'model.moe.exchange': 'all_to_all', 'model.moe.exchange_options': {'buffer_factor': 2}}
+  )
+  with pytest.raises(BadInput, match="exchange='all_to_all' has no option 'buffer_factor'"):
+    own_layout(wrong, 1)
   with pytest.raises(BadInput, match='mesh data=1 fsdp=2 expert=-1.* does not fit 7 devices'):
     own_layout(settings, 7)
   work, topology = workload(settings, 'tpu'), parse_topology('v5p:4x4x4')
   with pytest.raises(BadInput, match='does not divide over the 64 shards'):
     plan_of(work, Layout(AXES | {'fsdp': 64}, 'local', 1), topology)
+  with pytest.raises(BadInput, match='2 heads of keys do not divide over mesh axis tensor=4'):
+    plan_of(work, Layout(AXES | {'fsdp': 16, 'tensor': 4}, 'local', 1), topology)
 
 
 def test_images_are_not_planned_for():
