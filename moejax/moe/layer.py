@@ -284,8 +284,12 @@ class MoE(nnx.Module):
     if plan.across:  # B and S are then those of groups
       parts = [to_groups(part, 'position', plan.across) for part in parts]
     dispatch, combine, mixed_bsd = parts
-    slots_bepd = jnp.einsum('BSEP,BSD->BEPD', dispatch, mixed_bsd)
-    y_bsd = jnp.einsum('BSEP,BEPD->BSD', combine, self.exchange.slots(slots_bepd, self._bank()))
+    # the slots of all experts as one axis: with one slot an expert the last axis would have length 1
+    into, out = (part.reshape(*part.shape[:2], -1) for part in (dispatch, combine))
+    slots = jnp.matmul(into.swapaxes(1, 2), mixed_bsd)
+    slots_bepd = slots.reshape(slots.shape[0], *dispatch.shape[2:], -1)
+    y_bepd = self.exchange.slots(slots_bepd, self._bank())
+    y_bsd = jnp.matmul(out, y_bepd.reshape(slots.shape))
     shape = (x_bsd.shape[0], x_bsd.shape[1])
     return from_groups(y_bsd, 'position', shape) if plan.across else y_bsd
 

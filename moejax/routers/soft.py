@@ -69,7 +69,8 @@ def slot_affinity(
   logits_bsep: Array, std: Array | None, bias: Array | None, context: Context
 ) -> Scores:
   """Per-expert view of the slot logits: an expert's probability is the combine weight of all its slots."""
-  logits_bse = jax.nn.logsumexp(logits_bsep, -1)
+  one = logits_bsep.shape[-1] == 1
+  logits_bse = logits_bsep[..., 0] if one else jax.nn.logsumexp(logits_bsep, -1)
   return Scores(logits_bse, logits_bsep, logits_bsep, jax.nn.softmax(logits_bse, -1))
 
 
@@ -86,21 +87,23 @@ class Mix:
   mixing: str = 'learned'
 
   def __call__(self, scores: Scores, context: Context) -> SoftPlan:
-    logits_bsep = scores.select
-    mask = None if context.mask is None else context.mask[..., None, None]
+    shape = scores.select.shape
+    # the slots of all experts as one axis: a softmax over [E, 1] is far slower on CPUs than one over [1, E]
+    logits = scores.select.reshape(*shape[:2], -1)  # [B, S, E P]
+    mask = None if context.mask is None else context.mask[..., None]
     if self.mixing == 'identity':
-      dispatch = combine = self._identity(logits_bsep)
+      dispatch = combine = self._identity(scores.select).reshape(logits.shape)
       if mask is not None:
         dispatch = jnp.where(mask, dispatch, 0)
     else:
-      uniform = jnp.zeros_like(logits_bsep)
-      into = logits_bsep if self.mixing in ('learned', 'learned_dispatch') else uniform
-      out = logits_bsep if self.mixing in ('learned', 'learned_combine') else uniform
+      uniform = jnp.zeros_like(logits)
+      into = logits if self.mixing in ('learned', 'learned_dispatch') else uniform
+      out = logits if self.mixing in ('learned', 'learned_combine') else uniform
       dispatch = jax.nn.softmax(into, 1, where=mask)
-      combine = jax.nn.softmax(out, (-2, -1))
+      combine = jax.nn.softmax(out, -1)
     if mask is not None:
       combine = jnp.where(mask, combine, 0)
-    return SoftPlan(dispatch, combine)
+    return SoftPlan(dispatch.reshape(shape), combine.reshape(shape))
 
   def _identity(self, logits_bsep: Array) -> Array:
     """Token i fills slot i alone, counted expert by expert, and takes its output."""

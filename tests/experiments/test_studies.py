@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.errors import BadInput
-from experiments.studies import expert_choice, fine_grained, rows, soft_moe
+from experiments.studies import expert_choice, fine_grained, rows, soft_moe, soft_throughput
 from experiments.studies.multiplicity import experts_by_token
 from moejax import Assignment
 
@@ -86,3 +86,30 @@ def test_a_claim_about_accuracy_goes_the_way_of_the_larger_number():
   first, *_ = soft_moe.claims(accuracy)
   assert first.measured == pytest.approx(5.1)
   assert first.verdict == 'reproduced'
+
+
+def test_flat_is_less_than_fifteen_percent_beyond_two_deviations():
+  def times(*ratios):
+    return {
+      what: {1: [2.0] * 3, 8: [2.0 * r for r in ratios]}
+      for what in ('forward', 'both passes', 'update')
+    }
+
+  found = soft_throughput.claims({4: times(1.04, 1.05, 1.06), 2: times(1.0, 1.15, 1.3)})
+  assert [one.verdict for one in found] == ['not reproduced'] * 2 + ['reproduced'] * 3
+  assert found[2].measured == pytest.approx(0.10)
+  (slow, *_) = soft_throughput.claims({4: times(1.5, 1.5, 1.5)})
+  assert slow.verdict == 'opposite'
+  assert '| 4 | forward | 2000.0 | 2100.0 | 1.05 |' in soft_throughput.page(
+    {4: times(1.04, 1.05, 1.06)}
+  )
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_layers_of_any_number_of_experts_are_timed_in_turns(monkeypatch):
+  for name, value in (('SLOTS', 4), ('WIDTH', 8), ('HIDDEN', 8)):
+    monkeypatch.setattr(soft_throughput, name, value)
+  found = soft_throughput.measure(2, experts=(1, 4), rounds=2)
+  assert [*found] == ['forward', 'both passes', 'update']
+  assert all([*of] == [1, 4] for of in found.values())
+  assert all(len(one) == 2 for of in found.values() for one in of.values())
