@@ -32,9 +32,10 @@ NOTE = (
   '64 of an eighth of the width at granularity 8, active and total parameters the same. Expert choice among the 32 '
   'tokens at one position, softmax over experts, output norm; 205, 410 and 819 thousand tokens. The token choice '
   'models have width 96 and the longest training. Loss in nats a byte on 82 thousand validation bytes.\n\n'
-  'Not reproduced: granularity 2 at width 64, where the gain of a single seed is as large as its deviation, and which the '
-  'next larger width shows with the same steps: width 96 is the smallest set-up for it. Expert choice against token '
-  'choice at granularity 8 is no claim of the paper, which compares none; token choice among the same tokens is ahead '
+  'Not reproduced: granularity 2 at width 64, where the gain of a single seed is as large as its deviation, and '
+  'which the next larger width shows with the same steps: width 96 is the smallest set-up for it. Expert choice '
+  'against token choice at granularity 8 is no claim of the paper, which compares none; token choice among the '
+  'same tokens is ahead '
   "here, beyond one deviation and short of two. What should decide it is the paper's smallest model, 64 x 3M "
   '(configs/sweeps/fine_grained_paper.py), with either router.'
 )

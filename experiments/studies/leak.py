@@ -35,9 +35,10 @@ NOTE = (
   f'are of the bytes after {", ".join(map(str, PREFIXES[:-1]))} and {PREFIXES[-1]} bytes of {BATCHES * 32} validation '
   'sequences. "Among a sequence" is expert choice among the tokens of one sequence, "at a position" among the '
   'tokens that stand at the same place of different sequences.\n\n'
-  'The claim that is not reproduced, that a leaking router has learnt nothing more than one that cannot leak, is one of '
-  'equality up to noise: both models have the same size, and what remains between them is within two deviations, though '
-  'only just. More layers and longer sequences give more future to read; of those here, the longest prefix is 64 bytes.'
+  'The claim that is not reproduced, that a leaking router has learnt nothing more than one that cannot leak, is '
+  'one of equality up to noise: both models have the same size, and what remains between them is within two '
+  'deviations, though only just. More layers and longer sequences give more future to read; of those here, the '
+  'longest prefix is 64 bytes.'
 )
 ARMS = {
   'among a sequence': {'name': 'expert_choice', 'group': 'sequence', 'capacity_factor': 1.0},

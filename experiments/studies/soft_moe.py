@@ -22,10 +22,10 @@ NOTE = (
   '(4,000 training images), accuracy on 1,000 test images. All mixtures but those of the grid work on 16 slots or rows '
   'an image, so they cost the same. The paper trains on 4 billion images for 300,000 steps and more. In 400 steps most '
   'mixtures are where the dense model is: mixing begins nearly uniform and has to be learnt first. What stands out has '
-  'experts by place ("identity": digits are centred, so that a place means much the same in every image) or by choice.\n\n'
-  'So what is not reproduced is open, and what is opposite is a matter of these images and so few steps. The smallest '
-  'set-ups for which the paper has these results are S/16 and S/14 after 300,000 steps on natural images '
-  '(configs/soft_moe_imagenet.py:s14): there a place says little about what stands in it.'
+  'experts by place ("identity": digits are centred, so that a place means much the same in every image) or by '
+  'choice.\n\nSo what is not reproduced is open, and what is opposite is a matter of these images and so few '
+  'steps. The smallest set-ups for which the paper has these results are S/16 and S/14 after 300,000 steps on '
+  'natural images (configs/soft_moe_imagenet.py:s14): there a place says little about what stands in it.'
 )
 
 
