@@ -21,8 +21,9 @@ ROUTERS = {
 }
 MIXINGS = ('learned_dispatch', 'learned_combine', 'uniform', 'identity')
 # experts and slots of each; 16 experts of one slot are in ROUTERS
-SLOTS = ((1, 16), (4, 4), (1, 64), (16, 4))
-PLACEMENTS = ('0,1', '1,3')  # the last half is in ROUTERS
+SLOTS = ((1, 16), (2, 8), (4, 4), (8, 2), (1, 64), (4, 16), (16, 4), (64, 1))
+# layers and experts of each, 32 in all as in the last half, which is in ROUTERS
+PLACEMENTS = (('0,1', 16), ('1,3', 16), ('2', 32), ('3', 32), ('0,1,2,3', 8))
 
 
 def get_base():
@@ -47,5 +48,7 @@ def get_runs():
     arms.append(
       {'model.moe.num_experts': experts, 'model.moe.router': {'name': 'soft', 'slots': slots}}
     )
-  arms += [{'model.moe.layers': layers} for layers in PLACEMENTS]
+  for layers, experts in PLACEMENTS:
+    changed = {} if experts == 16 else {'model.moe.num_experts': experts}
+    arms.append({'model.moe.layers': layers} | changed)
   return [arm | seed for arm in arms for seed in grid({'seed': SEEDS})]
