@@ -36,7 +36,7 @@ NOTE = (
   'straight lines between. Seeds differ by 0.1 nats, more than routers do after so few steps: the claims of loss are '
   'open here, not refuted. The loss to reach is the higher one of the last losses of both, with the same '
   'seed.\n\nWhat should show them: the smallest models for which the paper compares routers have 100 million active '
-  'parameters and 32 experts in six of twelve layers, trained for 100,000s of steps '
+  'parameters and 32 experts in six of twelve layers '
   '(configs/expert_choice_glam.py:0.1b_32e). With this one the deviation between seeds has to fall below half of a '
   'difference, so longer training comes before more seeds: a verdict is of the deviation of a single seed, which more '
   'seeds only measure better.'
