@@ -35,10 +35,10 @@ from experiments.planning.workload import Workload, workload
 OUT = ROOT / 'experiments' / 'results' / 'plans'
 
 _COMPILED = (
-  'The real step, optimizer and recomputation included, compiled for the topology with libtpu on one x86-64 core '
-  'without a TPU; how long that took, and the most memory of the process. Bytes of one device; of collectives those '
-  'that it sends in a step, those left out that are less than 2 % of all, and permutations. A sum counts once, whether '
-  'it is scattered or whole on every device.'
+  'The real step, optimizer and recomputation included, compiled for the topology with libtpu on one or two x86-64 '
+  'cores without a TPU; how long that took, and the most memory of the process. Bytes of one device; of collectives '
+  'those that it sends in a step, those left out that are less than 2 % of all, and permutations. A sum counts once, '
+  'whether it is scattered or whole on every device.'
 )
 _HELD_OUT = (
   'Nothing in the model was set by these steps: figures were predicted, and then compiled. Narrow is a config with 4 '
@@ -47,8 +47,8 @@ _HELD_OUT = (
 _LESSONS = (
   "What travels more than it must: the embedding's gradient, a whole float32 table over all devices in every "
   'microbatch; sums that the compiler leaves whole on every device though each keeps a shard alone, which shapes do '
-  'not tell; and where the axes `expert` and `tensor` meet, float32 logits, since tokens are cut by model width there '
-  'and the head is not.'
+  'not tell; and beside the axis `tensor`, float32 logits where the batch is sharded over more axes than `fsdp`, since '
+  'tokens are cut by model width there and the head is not.'
 )
 
 
@@ -110,11 +110,14 @@ def planned(name: str, topology_name: str, out: Path, kernels: bool) -> dict[str
 def against_run(run: Run, work: Workload, topology: Topology, times: Times) -> list[str]:
   """The plan's device hours for the tokens of a published run, over those that it took."""
   steps = run.tokens / (work.settings.batch_size * work.settings.data.sequence_length)
-  hours = [steps * seconds * topology.devices / 3600 for seconds in (times.total, times.least)]
+  seconds = (times.total, times.least, times.matmul)
+  hours = [steps * each * topology.devices / 3600 for each in seconds]
   return [
-    f'{run.tokens / 1e12:.1f}T tokens would take {hours[0] / 1e3:,.0f}K device hours, {hours[1] / 1e3:,.0f}K at the '
-    f'very least. Published are {run.hours / 1e3:,.0f}K ({run.source}): the plan is {hours[0] / run.hours:.2f} and '
-    f'{hours[1] / run.hours:.2f} times that. The run {run.differs}.'
+    f'{run.tokens / 1e12:.1f}T tokens would take {hours[0] / 1e3:,.0f}K device hours, {hours[1] / 1e3:,.0f}K if all '
+    f'overlaps, {hours[2] / 1e3:,.0f}K of matrix products alone. Published are {run.hours / 1e3:,.0f}K ({run.source}): '
+    f'the plan is {hours[0] / run.hours:.2f}, {hours[1] / run.hours:.2f} and {hours[2] / run.hours:.2f} times that.',
+    f'The run {run.differs}.',
+    f'Of the {times.total:.3g} s of a step {sum(times.network.values()):.3g} are network, none of it hidden here.',
   ]
 
 
@@ -146,7 +149,7 @@ def readme(result: Mapping[str, Any]) -> str:
     'was trained; the pages have the alternatives, traffic and sharding. Experts run as padded blocks where a platform '
     'has no kernel of its own: these work on rows that others have, and copy weights. Second lines suppose kernels '
     '(`--kernels`); their memory is by shapes alone, for none was compiled. Of axes and exchanges, only those of the '
-    'second table were compared with a compiled step.',
+    'tables below were compared with a compiled step, and none of GPUs.',
     '',
     '| config | machine | devices | experts | layout | GiB a device | step s | matmul | memory | network | MFU '
     '| layouts |',

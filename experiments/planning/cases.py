@@ -49,7 +49,9 @@ RUNS: dict[tuple[str, str], Run] = {
     14.8e12,
     2664e3,
     'DeepSeek-V3 technical report (arXiv 2412.19437), table 1 and section 1',
-    'multiplied in fp8, cut layers over a pipeline, sent a token to 4 nodes at most and hid the network behind work',
+    'multiplied in fp8, cut layers over a pipeline, recomputed norms and latent projections alone, sent a token '
+    'to 4 nodes at most, and hid the network behind work; the plan sends each of 8 rows by itself, with room for '
+    'twice the mean, and again to recompute',
   )
 }
 """(config, topology) -> the run to hold the plan to. Nothing in the model is set by it."""

@@ -25,15 +25,18 @@ th { color: var(--soft); font-weight: 550; border-top: 0; } th:first-child, td:f
 .wide { overflow-x: auto; border-radius: 10px; }
 .bar { display: flex; height: 22px; border-radius: 5px; overflow: hidden; background: var(--rule); margin: 4px 0; }
 .bar i { background: var(--c); display: block; }
-.row { display: grid; grid-template-columns: minmax(210px, 30%) 1fr 74px; gap: 12px; align-items: center; }
+.row { display: grid; grid-template-columns: minmax(180px, 44%) 1fr 74px; gap: 12px; align-items: center;
+  font-size: 13px; line-height: 1.25; padding: 2px 0; }
 .row span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
+.legend { margin-bottom: 8px; }
 .legend span { margin-right: 18px; color: var(--soft); }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; background: var(--c);
   margin-right: 6px; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 12px 16px;
   overflow-x: auto; }
-td.rule { font-family: ui-monospace, Menlo, monospace; font-size: 12px; text-align: left; white-space: normal;
-  overflow-wrap: anywhere; min-width: 240px; }
+th.rule, td.rule { text-align: left; }
+td.rule { font-family: ui-monospace, Menlo, monospace; font-size: 12px; white-space: normal; overflow-wrap: anywhere;
+  min-width: 240px; }
 """
 
 
@@ -133,15 +136,15 @@ def _times(plans: Sequence[Plan]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], rule: int = -1) -> str:
-  head = ''.join(f'<th>{html.escape(cell)}</th>' for cell in rows[0])
   lines = []
-  for row in rows[1:]:
+  for index, row in enumerate(rows):
+    tag = 'td' if index else 'th'
     cells = (
-      f'<td{" class=rule" if i == rule else ""}>{html.escape(cell)}</td>'
+      f'<{tag}{" class=rule" if i == rule else ""}>{html.escape(cell)}</{tag}>'
       for i, cell in enumerate(row)
     )
     lines.append(f'<tr>{"".join(cells)}</tr>')
-  return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+  return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _text_table(text: str) -> str:

@@ -1,6 +1,7 @@
 """The committed plans: all there, and the analytic model as near to the compiled programs as it claims."""
 
 import json
+import re
 
 import pytest
 
@@ -48,6 +49,20 @@ def test_a_plan_is_a_row_and_a_page(tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ['olmoe_1b_7b-v5p-2x2x4.html']
   small = planned('kimi_1t', 'v5p:2x2x1', tmp_path, kernels=True)
   assert small['answer'].startswith('v5p:2x2x1 is too small by')
+
+
+def test_a_published_run_is_compared_by_the_device_hours_of_its_tokens():
+  """14.8T tokens in steps of 16,384 sequences of 4,096, on 2,048 devices; 2,664K hours are published."""
+  rows = [row for row in RESULT['plans'] if 'against' in row]
+  assert [(row['config'], row['topology']) for row in rows] == [
+    ('deepseek_v3_671b', 'h800:8x256')
+  ] * 2
+  for row in rows:
+    hours = 14.8e12 / (16384 * 4096) * row['seconds'] * 2048 / 3600
+    said = float(re.search(r'would take ([\d,]+)K', row['against'])[1].replace(',', '')) * 1e3
+    ratio = float(re.search(r'the plan is ([\d.]+),', row['against'])[1])
+    assert said == pytest.approx(hours, rel=0.01)
+    assert ratio == pytest.approx(hours / 2664e3, rel=0.01)
 
 
 def test_the_report_is_written_by_one_command(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The program: what it prints, writes and refuses."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from configs.scale import mixtral_8x7b
 from experiments import plan
 from experiments.errors import BadInput
+from experiments.planning.report import notes
 from experiments.planning.tensors import tensors
+from experiments.planning.workload import Layout, workload
 from experiments.settings import Settings
 
 CONFIG = str(Path(__file__).resolve().parents[3] / 'configs/scale/mixtral_8x7b.py')
@@ -50,6 +53,15 @@ def test_show_sharding_has_every_parameter_with_rule_and_bytes(capsys):
     assert tensor.rule in lines[tensor.path]
   up = lines['stack/segments/0/blocks/0/moe/experts/w_up']
   assert 'expert, fsdp, tensor' in up
+
+
+def test_a_layout_that_may_lose_rows_says_so():
+  settings = Settings.from_config(mixtral_8x7b.get_config())
+  work = workload(settings, 'tpu')
+  layout = Layout({'data': 1, 'fsdp': 16, 'expert': 4, 'tensor': 1}, 'all_to_all', 4)
+  (note,) = notes(work, layout)
+  assert note.startswith('all_to_all has places for 2 times the mean load')
+  assert notes(work, dataclasses.replace(layout, exchange='ragged_all_to_all')) == []
 
 
 @pytest.mark.parametrize(
