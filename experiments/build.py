@@ -356,24 +356,36 @@ def _layer(model: ModelSettings, num_experts: int, *, rngs: nnx.Rngs, **options:
   )
 
 
-def make_exchange(settings: Settings, mesh: Mesh) -> Exchange:
-  """'auto': nothing on one device, 'local' where experts are replicated and rows stay put, else 'all_gather'.
+def exchange_name(settings: Settings, expert: int) -> str:
+  """The exchange on a mesh whose experts are cut over so many devices.
+
+  'auto' is 'local' where experts are replicated and rows stay put, else 'all_gather'.
 
   Raises:
-    BadInput: an option that the exchange does not take, or 'local' for routers whose rows do not stay put.
+    BadInput: 'local' for routers whose rows do not stay put.
   """
   moe = settings.model.moe
-  if mesh.size == 1:
-    return single
   stays = router_facts(settings.model).flags.stays_in_sequence
-  name = moe.exchange
-  if name == 'auto':
-    name = 'local' if mesh.shape['expert'] == 1 and stays else 'all_gather'
-  if name == 'local' and not stays:
+  if moe.exchange == 'local' and not stays:
     raise BadInput(
       f"model.moe.exchange='local' with router {moe.router['name']!r}, whose rows leave their sequence: "
       "accepted is 'all_gather'"
     )
+  if moe.exchange == 'auto':
+    return 'local' if expert == 1 and stays else 'all_gather'
+  return moe.exchange
+
+
+def make_exchange(settings: Settings, mesh: Mesh) -> Exchange:
+  """The exchange of the settings; nothing on one device.
+
+  Raises:
+    BadInput: an option that the exchange does not take, or what `exchange_name` refuses.
+  """
+  moe = settings.model.moe
+  if mesh.size == 1:
+    return single
+  name = exchange_name(settings, mesh.shape['expert'])
   try:
     return exchange_by_name(name, mesh, BATCH_AXES, moe.exchange_options)
   except (TypeError, ValueError) as error:

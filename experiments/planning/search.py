@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
-from experiments.build import router_facts
+from experiments.build import exchange_name, router_facts
 from experiments.errors import BadInput
 from experiments.planning.chips import Topology
 from experiments.planning.memory import GROUPS, Memory, memory
@@ -92,7 +92,7 @@ def plan_of(work: Workload, layout: Layout, topology: Topology) -> Plan:
 
 
 def own_layout(settings: Settings, devices: int) -> Layout:
-  """The layout that the config itself names; exchange 'auto' as experiments.build chooses it.
+  """The layout that the config itself names.
 
   Raises:
     BadInput: axes that do not make the number of devices, or an exchange (or option of it) that is not known.
@@ -103,9 +103,7 @@ def own_layout(settings: Settings, devices: int) -> Layout:
   if math.prod(sizes.values()) != devices:
     axes = ' '.join(f'{axis}={size}' for axis, size in given.items())
     raise BadInput(f'mesh {axes} does not fit {devices} devices')
-  name = settings.model.moe.exchange
-  if name == 'auto':
-    name = 'local' if sizes['expert'] == 1 else 'all_gather'
+  name = exchange_name(settings, sizes['expert'])
   if name not in EXCHANGES:
     raise BadInput(
       f'model.moe.exchange={name} is not planned for: accepted are {", ".join(EXCHANGES)}'

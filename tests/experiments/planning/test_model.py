@@ -267,6 +267,12 @@ def test_the_configs_own_mesh_is_checked():
   found = own_layout(settings, 8)
   assert {axis: size for axis, size in found.sizes.items() if size > 1} == {'fsdp': 2, 'expert': 4}
   assert (found.exchange, found.microbatches) == ('all_gather', 1)
+  # experts choose among all tokens of the batch: 'auto' gathers them, as the training program does
+  leave = small(
+    **{'model.moe.router': {'name': 'expert_choice', 'capacity_factor': 2.0, 'group': 'batch'}}
+  )
+  assert own_layout(leave, 8).exchange == 'all_gather'
+  assert own_layout(small(), 8).exchange == 'local'
   wrong = small(
     **{'model.moe.exchange': 'all_to_all', 'model.moe.exchange_options': {'buffer_factor': 2}}
   )
