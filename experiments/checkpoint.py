@@ -4,7 +4,7 @@ Orbax writes atomically and asynchronously, but its array files carry no checksu
 weight), it casts dtypes silently, and it does not try an older checkpoint when the newest is broken. So a checkpoint is
   <step>/state   the leaves of a pytree as a dict of dicts of arrays: no Flax or Optax type
   <step>/meta    JSON: step, versions, what the caller adds (config, data fingerprint), and of each leaf path, dtype,
-                 shape and sha256
+                 shape and sha256 (digests.py)
 and a restore compares all of it. A checkpoint that fails is renamed to <step>.corrupt and the one before is tried.
 """
 
@@ -18,7 +18,6 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from experiments.digests import describe, differing
 from experiments.errors import BadInput, DataError, StorageError
 
 # the status codes by which TensorStore tells what a file system did
@@ -80,7 +80,7 @@ class Checkpoints:
       return
     self.wait()
     leaves = _by_path(state)
-    checked = {'step': step, 'versions': _versions(), **meta, 'leaves': _describe(leaves)}
+    checked = {'step': step, 'versions': _versions(), **meta, 'leaves': describe(leaves)}
     checked = json.loads(json.dumps(checked, allow_nan=False))
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(_nested(_filled(leaves))),
@@ -164,9 +164,9 @@ class Checkpoints:
       leaves[path] = jax.device_put(
         np.zeros(target[path].shape, target[path].dtype), target[path].sharding
       )
-    for path, found in _describe(leaves).items():
-      if found != meta['leaves'][path]:
-        raise _Corrupt(f'{path} does not have its digest')
+    path = differing(leaves, meta['leaves'])
+    if path is not None:
+      raise _Corrupt(f'{path} does not have its digest')
     structure = jax.tree.structure(abstract_state)
     return jax.tree.unflatten(structure, [leaves[path] for path in wanted]), meta
 
@@ -259,28 +259,6 @@ def _struct(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
   if getattr(leaf, 'sharding', None) is None:
     raise ValueError(f'{path} has no sharding: a checkpoint is restored onto given devices')
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _describe(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
-  """path -> [dtype, shape, sha256]; equal for equal values on any mesh."""
-  with ThreadPoolExecutor() as pool:
-    arrays = {path: _host(leaf) for path, leaf in leaves.items()}
-    digests = pool.map(_sha256, arrays.values())
-    return {
-      path: [str(array.dtype), list(array.shape), digest]
-      for (path, array), digest in zip(arrays.items(), digests, strict=True)
-    }
-
-
-def _host(leaf: Any) -> np.ndarray:
-  """The whole array on this host; of one that is spread over processes, gathered."""
-  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-  return np.asarray(leaf)
-
-
-def _sha256(array: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
 
 
 def _digest_json(values: Mapping[str, Any]) -> str:

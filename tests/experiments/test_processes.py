@@ -147,7 +147,7 @@ def leaves(workdir, step):
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   wanted = {
     path: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=here)
-    for path, (dtype, shape, _) in described.items()
+    for path, (dtype, shape, *_) in described.items()
   }
   with Checkpoints(folder, read_only=True) as checkpoints:
     state, _ = checkpoints.restore(wanted, step)
@@ -185,6 +185,10 @@ def test_what_was_stopped_goes_on_to_every_bit(runs):
   """As two processes that nobody stopped: the programs are the same, and add in the same order."""
   _, first, other = runs.outputs
   assert f'resuming at step {runs.done}' in first
+  meta = json.loads((runs.kept[0] / 'meta' / 'metadata').read_text())
+  # experts lie in both processes, each of which has seen to its own; the rest in either
+  cut = {tuple(rest[0]) for _, _, _, *rest in meta['leaves'].values() if rest}
+  assert {cuts[-3] for cuts in cut} == {4}
   assert 'step' not in other  # only the first tells
   ours, theirs = metrics(runs.folder / 'stopped'), metrics(runs.folder / 'whole')
   assert list(ours) == list(theirs) == list(range(max(runs.done + 2, 4)))
