@@ -1,0 +1,56 @@
+"""Chunks of an exchange in the schedule that the TPU's own compiler makes: no chip is needed, only libtpu."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = [
+  pytest.mark.aot,
+  pytest.mark.slow,
+  pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed'),
+]
+ASYNCHRONOUS = {'xla_tpu_enable_async_all_to_all': 'true'}
+
+
+def schedule(options, compiler):
+  """What tpu_schedule.py says of an exchange between four v5p; a process of its own, for libtpu stays loaded."""
+  arguments = ['v5p:2x2x1', json.dumps(options), json.dumps(compiler)]
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.moe.tpu_schedule', *arguments],
+    # Several processes may load libtpu: none of them touches a chip.
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=290,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_experts_work_on_the_second_chunk_while_outputs_of_the_first_travel():
+  """Rows of two chunks go there and back; the experts' products stand between start and end of one transfer."""
+  found = schedule({'chunks': 2}, ASYNCHRONOUS)
+  assert len(found['transfers']) == 4
+  assert sum('dot_general' in between for between in found['transfers']) == 1
+  # and routing sends nothing: XLA:CPU alone gathers the logits
+  assert all('shard_map' in source for source in found['sources'])
+
+
+@pytest.mark.parametrize(
+  ('options', 'compiler', 'transfers'),
+  [({'chunks': 1}, ASYNCHRONOUS, 1), ({'chunks': 2}, {}, 0)],
+  ids=['one chunk', 'without the option of the compiler'],
+)
+def test_nothing_overlaps_without_chunks_or_asynchronous_transfers(options, compiler, transfers):
+  """Of one chunk the compiler leaves one of the two ways in one piece, without the option all."""
+  found = schedule(options, compiler)['transfers']
+  assert len(found) == transfers
+  assert not any('dot_general' in between for between in found)

@@ -1,0 +1,74 @@
+"""Prints as JSON what the compiled schedule of a chunked exchange has between the start and the end of each transfer.
+
+`python -m tests.moe.tpu_schedule v5p:2x2x1 '{"chunks": 2}' '{"xla_tpu_enable_async_all_to_all": "true"}'`: topology,
+options of the exchange, options of the compiler.
+"""
+
+import json
+import os
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax import MoE
+from moejax.mesh.make import BATCH_AXES, make_mesh
+from moejax.mesh.rules import param_shardings
+from moejax.mesh.traffic import collectives
+from moejax.moe.exchange import make_exchange
+
+D, F, E, S = 1024, 2048, 8, 2048
+
+
+def compiled(topology, options, compiler):
+  """The forward pass of a layer of all devices, a sequence each, in bfloat16, and how many devices."""
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  mesh = make_mesh(1, 1, len(devices), devices=devices)
+  exchange = make_exchange('all_to_all', mesh, BATCH_AXES, options)
+  layer = lambda: MoE(
+    D, F, E, {'name': 'top_k', 'k': 2}, exchange=exchange, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+  )
+  graph, state = nnx.split(nnx.eval_shape(layer))
+  shapes = nnx.to_pure_dict(state)
+  placed = jax.tree.map(
+    lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+    shapes,
+    param_shardings(mesh, {'moe': shapes})['moe'],
+  )
+  nnx.replace_by_pure_dict(state, placed)
+  x = jax.ShapeDtypeStruct(
+    (len(devices), S, D), jnp.bfloat16, sharding=NamedSharding(mesh, P(BATCH_AXES))
+  )
+  run = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0])
+  return run.lower(state, x).compile(compiler_options=compiler), len(devices)
+
+
+def transfers(text):
+  """Of each transfer of rows in the schedule, the operations between start and end: 'dot_general' and others."""
+  lines = text[text.index('\nENTRY ') :].splitlines()
+  found = []
+  for start, line in enumerate(lines):
+    opened = re.match(r'\s*%?(all-to-all-start[\w.]*) = \(*bf16', line)
+    if opened:
+      done = rf'all-to-all-done\(.*%{re.escape(opened[1])}\)'
+      end = next(i for i, other in enumerate(lines) if re.search(done, other))
+      between = re.findall(r'op_name="[^"]*/([\w-]+)"', '\n'.join(lines[start + 1 : end]))
+      found.append(sorted(set(between)))
+  return found
+
+
+def main():
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu asks the network where it is
+  program, devices = compiled(sys.argv[1], *map(json.loads, sys.argv[2:4]))
+  sources = [one.source for one in collectives(program, devices)]
+  told = {'transfers': transfers(program.as_text()), 'sources': sources}
+  print(json.dumps(told), flush=True)
+
+
+if __name__ == '__main__':
+  main()
