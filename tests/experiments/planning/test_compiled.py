@@ -65,7 +65,7 @@ def test_a_step_compiled_for_tpus_holds_the_predicted_collectives(microbatches, 
   rows = {one.what: one for one in compare(work, layout, found)}
   assert abs(rows.pop('state').error) < STATE_ERROR
   del rows[LIVES], rows[ALLOCATED]  # of a model so small that padding rules
-  assert len(rows) >= 3
+  assert {'all-gather over expert, fsdp', 'sums over expert, fsdp'} <= set(rows)
   for one in rows.values():
     assert abs(one.error) < error < TRAFFIC_ERROR, one
 
