@@ -19,11 +19,12 @@ import jax
 
 from experiments import cli, distributed, workdir
 from experiments.allocator import keep_freed_memory
-from experiments.build import Experiment, active_share, assemble, training_flops
+from experiments.build import Experiment, assemble
 from experiments.checkpoint import Checkpoints
 from experiments.data import check_fingerprint, prefetch
 from experiments.errors import NonFiniteError
 from experiments.evaluate import make_evaluation
+from experiments.flops import active_share, training_flops
 from experiments.log import make_writer, no_writer
 from experiments.place import place_batch
 from experiments.program import Program

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from experiments.build import check_routing, model_maker, open_stream
+from experiments.build import open_stream
+from experiments.check_routing import check_routing
 from experiments.errors import BadInput
+from experiments.make_model import model_maker
 from experiments.settings import Settings
 from experiments.state import ModelDef
 from experiments.sweeps import plan

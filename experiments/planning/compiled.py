@@ -21,8 +21,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.build import model_maker
 from experiments.errors import BadInput
+from experiments.make_model import model_maker
 from experiments.optim import make_optimizer
 from experiments.planning.chips import Topology
 from experiments.planning.memory import memory

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import jax
 
-from experiments.build import exchange_name, router_facts
 from experiments.errors import BadInput
+from experiments.make_model import exchange_name
+from experiments.mixtures import router_facts
 from experiments.planning.chips import Topology
 from experiments.planning.memory import GROUPS, Memory, memory
 from experiments.planning.roofline import Times, times

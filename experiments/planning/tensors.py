@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
-from experiments.build import model_maker, open_stream
+from experiments.build import open_stream
 from experiments.errors import BadInput
+from experiments.make_model import model_maker
 from experiments.settings import Settings
 from experiments.state import ModelDef
 from moejax.mesh.make import make_mesh

@@ -6,9 +6,11 @@ import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 
-from experiments.build import check_routing, training_flops, vocab_size
-from experiments.build import experts_per_token as choices_of
+from experiments.check_routing import check_routing
 from experiments.errors import BadInput
+from experiments.flops import experts_per_token as choices_of
+from experiments.flops import training_flops
+from experiments.make_model import vocab_size
 from experiments.planning.tensors import Tensor, by_sharding, data_shape, tensors
 from experiments.settings import MoESettings, Settings
 from moejax.mesh.make import BATCH_AXES

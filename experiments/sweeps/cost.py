@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from experiments.build import check_routing, open_stream, program_key, training_flops
+from experiments.build import open_stream, program_key
+from experiments.check_routing import check_routing
 from experiments.data import Stream
 from experiments.errors import BadInput
+from experiments.flops import training_flops
 from experiments.sweeps.plan import Run
 
 

@@ -56,8 +56,8 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
     programs: of runs before it in this process; see `experiments.build.assemble`.
   """
   # JAX is imported here, so that a worker is on its cores before
-  from experiments.build import active_share, training_flops
   from experiments.errors import NonFiniteError
+  from experiments.flops import active_share, training_flops
   from experiments.heads import head_facts
   from experiments.log import read_lines
   from experiments.settings import Settings

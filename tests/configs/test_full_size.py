@@ -10,7 +10,8 @@ import pytest
 
 from configs import common, expert_choice_glam, soft_moe_imagenet
 from configs.sweeps import fine_grained_h200, fine_grained_paper
-from experiments.build import model_maker, training_flops
+from experiments.flops import training_flops
+from experiments.make_model import model_maker
 from experiments.settings import Settings
 from experiments.state import ModelDef
 from moejax.mesh.make import make_mesh

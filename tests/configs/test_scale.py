@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from experiments.build import model_maker
+from experiments.make_model import model_maker
 from experiments.settings import Settings
 from experiments.state import ModelDef
 from moejax.mesh.make import make_mesh

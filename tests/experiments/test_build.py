@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from configs import tiny
-from experiments.build import build_mesh, make_exchange
 from experiments.errors import BadInput
+from experiments.make_model import build_mesh, make_exchange
 from experiments.settings import Settings
 from moejax.moe.exchange import AllGather, Bilevel, Local, WithFallback, single
 

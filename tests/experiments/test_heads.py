@@ -7,8 +7,10 @@ import optax
 import pytest
 
 from configs import common
-from experiments.build import check_routing, model_maker, training_flops
+from experiments.check_routing import check_routing
 from experiments.errors import BadInput
+from experiments.flops import training_flops
+from experiments.make_model import model_maker
 from experiments.settings import Settings
 from experiments.state import ModelDef, make_state
 from experiments.step import Control, make_train_step

@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from configs import common
-from experiments.build import active_share, check_routing, model_maker, training_flops
+from experiments.check_routing import check_routing
 from experiments.errors import BadInput
+from experiments.flops import active_share, training_flops
+from experiments.make_model import model_maker
 from experiments.settings import Settings
 from experiments.state import ModelDef, TrainState
 from experiments.step import Control, make_train_step

@@ -1,0 +1,103 @@
+"""What only the library knows to be wrong with a router, before anything is built."""
+
+from __future__ import annotations
+
+from experiments.errors import BadInput
+from experiments.heads import check_heads
+from experiments.mixtures import router_facts
+from experiments.settings import Settings
+from moejax.moe.losses import check_losses
+from moejax.routers import SHARED
+
+
+def check_routing(settings: Settings) -> None:
+  """Refuses what only the library knows to be wrong, before anything is computed.
+
+  Raises:
+    BadInput: an unknown router, router option or loss, an option out of its range, or a router that looks at
+      later tokens in a causal model.
+  """
+  check_heads(settings)
+  _check_depth(settings)
+  if not settings.model.moe_layers:
+    return
+  moe = settings.model.moe
+  try:
+    check_losses(moe.losses)
+    facts = router_facts(settings.model)
+  except (ValueError, TypeError) as error:
+    raise BadInput(f'model.moe: {error}') from error
+  if moe.pyramid and (moe.router['name'] in SHARED or facts.flags.has_state or moe.momentum):
+    raise BadInput(
+      f'model.moe.pyramid={moe.pyramid} with router {moe.router["name"]!r}: accepted are routers without a state over '
+      'depth, and no momentum'
+    )
+  if settings.optim.bias_rate and not facts.has_bias:
+    raise BadInput(
+      f'optim.bias_rate={settings.optim.bias_rate} with router {moe.router["name"]!r} without a bias to move: '
+      "accepted are model.moe.router={'name': 'top_k', 'balance_bias': True, ...}, or 0"
+    )
+  _check_group_size(settings)
+  _check_needs(settings, facts.flags.needs)
+  if settings.model.kind == 'decoder' and not facts.flags.prefix_safe and not settings.allow_leak:
+    name = moe.router['name']
+    safe = "model.moe.router.name='top_k'"
+    if moe.kind == 'nested':
+      raise BadInput(
+        f"model.moe.kind={moe.kind!r} lets a token see later ones: accepted are other kinds, model.kind='encoder' or "
+        "'vit', or allow_leak=True"
+      )
+    if name in ('expert_choice', 'sinkhorn_expert_choice'):
+      safe = "model.moe.router.group='position'"
+    elif name in ('top_k', 'gshard', 'vmoe'):
+      safe = "model.moe.router.priority='token_major', or no capacity_factor"
+    raise BadInput(
+      f"model.moe.router={moe.router} lets a token see later ones, so a model of kind 'decoder' would train on what "
+      f'it has to predict: accepted are {safe}, or allow_leak=True'
+    )
+
+
+def _check_depth(settings: Settings) -> None:
+  """Refuses blocks that tokens skip where the choice would look ahead, or lose a state."""
+  model = settings.model
+  if not model.depth_layers:
+    return
+  if model.kind == 'decoder' and not settings.allow_leak:
+    raise BadInput(
+      f'model.depth.layers={model.depth.layers!r} lets later tokens decide in training who skips a block: '
+      "accepted are 'none', model.kind='encoder', or allow_leak=True"
+    )
+  moe = model.moe
+  if model.moe_layers and (
+    moe.router.get('name') in SHARED or moe.momentum or router_facts(model).flags.has_state
+  ):
+    raise BadInput(
+      f'model.depth.layers={model.depth.layers!r} with router {moe.router["name"]!r}: accepted are routers without a '
+      'state over depth, and no momentum'
+    )
+
+
+def _check_needs(settings: Settings, needs: tuple[str, ...]) -> None:
+  """Refuses a router that asks for what neither the model nor the data can tell."""
+  moe, kind = settings.model.moe, settings.model.kind
+  for field in set(needs) - {'shared'}:
+    if field != 'token_ids':
+      raise BadInput(
+        f'model.moe.router={moe.router} needs {field}, which data.name={settings.data.name!r} has none of: accepted '
+        f'are routers that need none, or a program of your own that passes side={{{field!r}: ...}} to the model'
+      )
+    if kind == 'vit':
+      raise BadInput(
+        f'model.moe.router={moe.router} needs token ids, which a model of kind {kind!r} has none of: '
+        "accepted are model.kind='decoder', 'encoder'"
+      )
+
+
+def _check_group_size(settings: Settings) -> None:
+  size = settings.model.moe.router.get('group_size')
+  microbatch = settings.batch_size // settings.microbatches
+  if size and microbatch % size:
+    raise BadInput(
+      f'model.moe.router.group_size={size} does not divide the {microbatch} sequences of a microbatch '
+      '(batch_size / microbatches)'
+    )
