@@ -51,7 +51,7 @@ def settings(**changes):
 @pytest.mark.aot
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(('microbatches', 'error'), [(1, 0.025), (4, 0.005)])
+@pytest.mark.parametrize(('microbatches', 'error'), [(1, 0.025), (4, 0.001)])
 def test_a_step_compiled_for_tpus_holds_the_predicted_collectives(microbatches, error):
   """4,096 tokens are more than the rows of the table, the 1,024 of a microbatch fewer: its gradient travels otherwise.
 
