@@ -31,6 +31,7 @@ except ImportError as error:
 import jax
 import numpy as np
 
+from experiments.allocator import keep_freed_memory
 from scripts.bench_decoder import (
   BATCH,
   CHOICES,
@@ -150,6 +151,7 @@ def main(arguments=None):
   parser.add_argument('--steps', type=int, default=5, help='training steps of a turn')
   parser.add_argument('--experts', nargs='+', default=['grouped_mm'], help='of transformers')
   options = parser.parse_args(arguments)
+  keep_freed_memory()  # as experiments.train; both sides have what it gives
 
   tokens = np.random.default_rng(0).integers(VOCABULARY, size=(BATCH, LENGTH), dtype=np.int32)
   theirs = {name: Theirs(tokens, name) for name in options.experts}
