@@ -64,11 +64,13 @@ def row(active, seed=0, loss=1.0, **router):
   }
 
 
-def test_routers_of_unlike_work_are_refused():
-  groups = compare.by_router([row(1000, name='a'), row(1100, name='b')])
-  with pytest.raises(BadInput, match='b has 1,100 active parameters and a 1,000'):
-    compare.check_equal_work(groups)
-  compare.check_equal_work(compare.by_router([row(1000, name='a'), row(1010, name='b')]))
+def test_nothing_is_claimed_of_a_router_with_other_active_parameters():
+  first = [row(1000, seed, loss) for seed, loss in enumerate((2.0, 2.1, 2.2))]
+  losses = (1.0, 1.1, 1.2)
+  own = lambda active: [row(active, seed, loss) for seed, loss in enumerate(losses)]
+  assert compare.judged(first, own(1010)) == 'better'
+  assert compare.judged(first, own(1100)) == '1.10 times the active parameters'
+  assert compare.judged(first, own(900)) == '0.90 times the active parameters'
 
 
 def test_routers_of_unlike_seeds_or_without_a_loss_are_refused():
