@@ -98,13 +98,9 @@ def _only(items, row):
 
 
 def pytest_collection_modifyitems(config, items):
-  """Tests of one file run in one process, and of a table of routers those of one row."""
+  """With --router, that row of the table of routers alone."""
   if config.getoption('--router'):
     _only(items, config.getoption('--router'))
-  for item in items:
-    row = getattr(item, 'callspec', None) and item.callspec.params.get('row')
-    group = f'{item.path.relative_to(ROOT)}:{row}' if row else f'{item.path.relative_to(ROOT)}'
-    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -238,8 +238,8 @@ def test_an_override_that_cannot_be_used_is_refused(override, sentence):
       'line 4: TypeError: ',
     ),
     (
-      'from configs import common\ndef get_config():\n  c = common.get_config()\n  c.model.depth = 3\n  return c\n',
-      'model.depth is not a setting: ',
+      'from configs import common\ndef get_config():\n  c = common.get_config()\n  c.model.num_layer = 3\n  return c\n',
+      'model.num_layer is not a setting: ',
     ),
   ],
 )
