@@ -1,8 +1,7 @@
 """The C library's allocator, set for training on CPUs.
 
-XLA allocates a step's temporary buffer anew each time. glibc serves such a request with fresh pages and returns them
-at the end of the step, so the kernel maps and clears all of them again: 140,000 page faults, a sixth of the step's
-CPU time, for the 574 MB of scripts/bench_decoder.py.
+XLA allocates a step's temporary buffer anew each time. glibc serves a request of that size with fresh pages and returns
+them at the end of the step, so the kernel maps and clears all of them again in every step.
 """
 
 import ctypes
