@@ -2,7 +2,7 @@
 
 JAX tells it in several ways, none of which is a sentence: with gloo a collective fails; elsewhere it waits until a
 heartbeat has been missing for 100 s; and when it was the first process that ended, the others are aborted with a stack
-trace, in a tenth of a second. So every process keeps a connection to the first one, which the kernel closes whatever
+trace, at once. So every process keeps a connection to the first one, which the kernel closes whatever
 its end was (and keep-alive packets after half a minute, when the whole machine is gone); and the abort, should it be
 the faster, finds out whether a connection is closed before it is carried out.
 """

@@ -1,24 +1,29 @@
 """Where the experts of a trained model should lie: crossings and loads before and after, on tokens that it routes.
 
-  python -m experiments.placement --workdir DIR --devices=4 [--batches=8] [--slots=0]
+  python -m experiments.placement --workdir DIR --devices=2,4,8 [--batches=8] [--slots=0] [--out DIR]
 
-prints one JSON object. Crossings are the share of (token, choice in a layer, choice in the next) whose experts lie on
-different devices: what has to travel where the token's vector follows its experts (ExFlow). The placement is found on
-half of the batches and judged on the others. Imbalance is the load of the fullest device over the mean, of the worst
-layer, with `--slots` places a device for copies of hot experts (0: a quarter more than the experts need).
+prints one JSON object a number of devices; `--out` writes them and a page to a folder. Crossings are the share of
+(token, choice in a layer, choice in the next) whose experts lie on different devices: what has to travel where the
+token's vector follows its experts (ExFlow). The placement is found on half of the batches and judged on the others.
+Imbalance is the load of the fullest device over the mean, of the worst layer, with `--slots` places a device for copies
+of hot experts (0: a quarter more than the experts need).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments import cli, workdir
 from experiments.build import assemble
 from experiments.checkpoint import Checkpoints
 from experiments.errors import BadInput
+from experiments.studies import rows
 from moejax.placement import (
   affinity_placement,
   choices_of,
@@ -30,6 +35,12 @@ from moejax.placement import (
 )
 from moejax.transformer.decoder import Decoder
 from moejax.transformer.trace import routing_trace
+
+TRAIN = (
+  'scripts/python -m experiments.train --config configs/tiny.py --config.model.moe.layers=all --config.steps=200 '
+  '--config.eval.every=0 --workdir runs/place'
+)
+"""The model of experiments/results/placement."""
 
 
 def main(argv: list[str]) -> int:
@@ -54,19 +65,69 @@ def main(argv: list[str]) -> int:
     inputs = {'positions': batch['positions'], 'segment_ids': batch['segment_ids']}
     trace = routing_trace(model, batch['tokens'], mask=batch['segment_ids'] > 0, **inputs)
     choices.append(choices_of(trace))
-  try:
-    report = judged(
-      np.stack(choices), moe.num_experts * moe.granularity, own['devices'], own['slots']
-    )
-  except ValueError as error:
-    raise BadInput(str(error)) from error
+  experts = moe.num_experts * moe.granularity
   width = 4 if settings.model.dtype == 'float32' else 2
-  for name in ('before', 'after'):
-    report[f'bytes_per_token_{name}'] = (
-      report[f'crossings_{name}'] * report['pairs_per_token'] * settings.model.d_model * width
-    )
-  print(json.dumps(report))
+  reports = []
+  for devices in own['devices']:
+    try:
+      report = judged(np.stack(choices), experts, _positive(devices), own['slots'])
+    except ValueError as error:
+      raise BadInput(str(error)) from error
+    for name in ('before', 'after'):
+      report[f'bytes_per_token_{name}'] = (
+        report[f'crossings_{name}'] * report['pairs_per_token'] * settings.model.d_model * width
+      )
+    reports.append(report)
+    print(json.dumps(report))
+  if own['out']:
+    result = {
+      'command': ' '.join(['scripts/python -m experiments.placement', *argv[1:]]),
+      'machine': rows.machine(),
+      'config': workdir.read_json(workdir.config_path(folder)),
+      'rows': reports,
+    }
+    out = Path(own['out'])
+    out.mkdir(parents=True, exist_ok=True)
+    workdir.write_text(out / 'result.json', json.dumps(result, indent=1) + '\n')
+    workdir.write_text(out / 'README.md', page(result))
   return 0
+
+
+def _positive(devices: str) -> int:
+  if not devices.isdigit() or int(devices) < 1:
+    raise BadInput(f'--devices={devices} is not accepted: it must be integers from 1, with commas')
+  return int(devices)
+
+
+def page(result: Mapping[str, Any]) -> str:
+  """README.md of a folder."""
+  config, found = result['config'], result['rows']
+  moe = config['model']['moe']
+  saved = [1 - row['crossings_after'] / row['crossings_before'] for row in found]
+  head = (
+    'devices | crossings by chance | in the order of the experts | by affinity | bytes a token before | after | '
+    'imbalance before | with copies'
+  ).split(' | ')
+  lines = [
+    f'| {row["devices"]} | {row["crossings_by_chance"]:.1%} | {row["crossings_before"]:.1%} '
+    f'| {row["crossings_after"]:.1%} | {row["bytes_per_token_before"]:,.0f} | {row["bytes_per_token_after"]:,.0f} '
+    f'| {row["imbalance_before"]:.2f} | {row["imbalance_after"]:.2f} |'
+    for row in found
+  ]
+  table = '\n'.join([f'| {" | ".join(head)} |', '|---' * len(head) + '|', *lines])
+  return (
+    '# Where the experts of a small trained model should lie\n\n'
+    f'Routing of a language model after {config["steps"]} steps ({found[0]["layers"]} mixtures of {moe["num_experts"]} '
+    f'experts, {moe["router"]["name"]}): placements are found on as many tokens of `{config["data"]["name"]}` as they '
+    f'are judged on, {found[0]["tokens"]:,} others; it was trained on neither.\n\n'
+    'Crossings are the share of (token, choice in a layer, choice in the next) whose experts lie on different devices; '
+    'bytes are of the vectors that so have to travel, one a pair of choices. *Copies* fill the places of a device, '
+    'a quarter more than the experts need and rounded up, with the most loaded ones; imbalance is the load of the '
+    f'fullest device over the mean, of the worst layer.\n\n{table}\n\n'
+    f'ExFlow (Yao et al. 2024) reports up to 67 % less routing between GPUs; here affinity saves {min(saved):.0%} to '
+    f'{max(saved):.0%}, with one model and one seed, on {result["machine"]}.\n\n'
+    f'```sh\n{TRAIN}\n{result["command"]}\n```\n'
+  )
 
 
 def judged(choices: np.ndarray, num_experts: int, devices: int, slots: int = 0) -> dict[str, float]:
@@ -126,7 +187,10 @@ def _shared(load: np.ndarray, expert: np.ndarray) -> float:
 
 
 def _define(values: flags.FlagValues) -> None:
-  flags.DEFINE_integer('devices', 4, 'devices that the experts are spread over', flag_values=values)
+  flags.DEFINE_list(
+    'devices', ['4'], 'devices that the experts are spread over', flag_values=values
+  )
+  flags.DEFINE_string('out', '', 'folder of result.json and README.md', flag_values=values)
   flags.DEFINE_integer('batches', 8, 'batches of the evaluation data to route', flag_values=values)
   flags.DEFINE_integer(
     'slots', 0, 'places of a device for copies; 0: a quarter more', flag_values=values

@@ -1,7 +1,7 @@
 """Charts as SVG text, with colours by CSS class so that they follow the page's theme. No plotting library.
 
 Lines are thinned to a few hundred points by means over bins, with a band from least to most; heat maps are palette
-PNGs of a byte a cell. So a chart has some ten kilobytes however long the run was.
+PNGs of a byte a cell. So a chart stays small however long the run was.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import argparse
 import functools
 import json
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -20,7 +19,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
+from experiments.allocator import keep_freed_memory
 from pallas_kernels import expert_ffn
+from scripts.conditions import conditions
 
 
 class Shape(NamedTuple):
@@ -150,6 +151,7 @@ def main(arguments=None):
   parser.add_argument('--out', type=pathlib.Path, help='write the tables as JSON to this file')
   parser.add_argument('--rounds', type=int, default=7, help='timed turns of each contestant')
   options = parser.parse_args(arguments)
+  keep_freed_memory()  # as experiments.train
   three = ('cpu', 'blocks', 'ragged_dot')
   tables = {
     'bodies': contest('Bodies', [(name, BIG) for name in three], options.rounds),
@@ -158,8 +160,7 @@ def main(arguments=None):
     'many': contest('More experts of one size', [('cpu', shape) for shape in MANY], options.rounds),
   }
   if options.out:
-    machine = {'machine': platform.machine(), 'jax': jax.__version__}
-    options.out.write_text(json.dumps({**machine, 'tables': tables}, indent=1) + '\n')
+    options.out.write_text(json.dumps({**conditions(), 'tables': tables}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -29,10 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.allocator import keep_freed_memory
 from pallas_kernels import Unsupported, expert_ffn, grouped_matmul, packed, registry, top_k
 from pallas_kernels.expert_ffn import NAMES as FFN_NAMES
 from pallas_kernels.grouped_matmul import NAMES as MATMUL_NAMES
 from pallas_kernels.routing import NAMES as ROUTING_NAMES
+from scripts.conditions import conditions
 
 REFUSALS = (Unsupported, NotImplementedError, ValueError, jax.errors.JaxRuntimeError)
 
@@ -300,6 +301,7 @@ def main(arguments=None):
   parser.add_argument('--check', action='store_true', help='run the correctness cases first')
   parser.add_argument('--out', type=pathlib.Path, help='write the rows as JSON to this file')
   options = parser.parse_args(arguments)
+  keep_freed_memory()  # as experiments.train
   # JAX leaves memory to torch: it takes what it needs, not three quarters at once.
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   on_cpu = jax.default_backend() == 'cpu'
@@ -310,11 +312,8 @@ def main(arguments=None):
     for operation in options.only:
       rows += contest(operation, SHAPES[name], dtype, options.rounds, options.seconds)
   if options.out:
-    machine = {'device': jax.devices()[0].device_kind, 'machine': platform.machine()}
-    machine |= {'jax': jax.__version__, 'dtype': dtype.name}
-    options.out.write_text(
-      json.dumps({**machine, 'checked': checked, 'rows': rows}, indent=1) + '\n'
-    )
+    found = {**conditions(), 'dtype': dtype.name, 'checked': checked, 'rows': rows}
+    options.out.write_text(json.dumps(found, indent=1) + '\n')
   wrong = [row for row in checked if row['result'].startswith('WRONG')]
   return len(wrong)
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -28,7 +27,6 @@ except ImportError as error:
     f'bench_train: {error}; run it with MOEJAX_EXTRAS=hf scripts/python scripts/bench_train.py'
   )
 
-import jax
 import numpy as np
 
 from experiments.allocator import keep_freed_memory
@@ -47,6 +45,7 @@ from scripts.bench_decoder import (
   WIDTH,
   Ours,
 )
+from scripts.conditions import conditions
 
 THREADS = 2
 COMPANY = 0.2  # cores that others may use in a round that counts
@@ -109,7 +108,7 @@ class Theirs:
 def race(sides: dict, rounds: int, steps: int) -> tuple[dict[str, list[float]], int]:
   """Tokens per second of every side in every quiet round, and how many rounds were not quiet.
 
-  Two threads that wait for each other fall to a tenth of their speed in PyTorch, not in XLA, when another program
+  Two threads that wait for each other lose much of their speed in PyTorch, not in XLA, when another program
   has one of their cores. Rounds with such company say nothing about either side and do not count. A first round
   warms up.
   """
@@ -174,8 +173,7 @@ def main(arguments=None):
   print(f'ours / {best}: {ratio:.2f} (median of rounds; {pairs[0]:.2f} to {pairs[-1]:.2f})')
   if options.out:
     result = {
-      'machine': platform.machine(),
-      'jax': jax.__version__,
+      **conditions(),
       'torch': torch.__version__,
       'transformers': transformers.__version__,
       'rounds_not_counted': disturbed,

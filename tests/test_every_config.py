@@ -17,6 +17,7 @@ from experiments.errors import BadInput
 from experiments.make_model import model_maker
 from experiments.settings import Settings
 from experiments.state import ModelDef
+from experiments.studies import seeds
 from experiments.sweeps import plan
 from moejax.mesh.make import make_mesh
 from moejax.mesh.rules import param_shardings
@@ -28,6 +29,8 @@ SWEEPS = [p for p in RECORDS if p.parent.name in ('sweeps', 'compare')]
 RESULTS = {p.stem if p.parent.name == 'sweeps' else f'compare_{p.stem}' for p in SWEEPS}
 CONFIGS = [p for p in RECORDS if p not in SWEEPS]
 PARTS = ('Paper:', 'Command:', 'Machine:', 'Time:', 'Expect:', 'Seeds:')
+SEEDED = ('tiny', 'tiny_expert_choice', 'tiny_soft_moe_vit')
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
 EMBEDDED = ('mnist5k', 'wiki6')
 # What a model must know of data that is not here. The vocabulary is that of GPT-2, whatever the config's tokenizer.
 ABSENT = {
@@ -74,6 +77,19 @@ def test_the_docstring_is_the_experiments_record(path):
   for part in PARTS[:2] if elsewhere else PARTS:
     assert part in text, part
   assert f'--config configs/{path.relative_to(FOLDER)}' in text
+
+
+@pytest.mark.parametrize('path', [FOLDER / f'{name}.py' for name in SEEDED], ids=SEEDED)
+def test_the_numbers_of_a_record_are_those_of_its_runs(path):
+  folder = ROOT / 'experiments' / 'results' / path.stem
+  result = json.loads((folder / 'result.json').read_text())
+  text = ' '.join(load(path).__doc__.split())
+  assert f'Expect: {seeds.measured(result)}' in text
+  assert f'Time: {seeds.seconds(result)},' in text
+  assert (folder / 'README.md').read_text() == seeds.page(path.relative_to(ROOT), result)
+  row = next(line for line in README.splitlines() if f'[configs/{path.name}]' in line)
+  assert seeds.seconds(result) in row
+  assert any(figure in row for figure in seeds.measured(result).split(', '))
 
 
 @every_variant

@@ -1,6 +1,6 @@
 """Data streams: `make_stream(...).batch(step)` is a pure function of seed and step.
 
-Importing this package imports neither TFDS nor grain (two seconds together); the first stream does.
+Importing this package imports neither TFDS nor grain (both are slow to import); the first stream does.
 """
 
 from .fingerprint import DataMismatch as DataMismatch

@@ -180,7 +180,7 @@ def make_stream(
     DataError: damaged data, too many invalid records, or too little text for one window.
   """
   _check(objective, batch_size, seed, process_index, process_count)
-  # TFDS and grain take two seconds to import: a program that opens no stream does not pay for them
+  # TFDS and grain are slow to import: a program that opens no stream does not pay for them
   from experiments.data.catalog import open_dataset, resolve_data_dir
 
   dataset, index_dir = open_dataset(name, split, data_dir), resolve_data_dir(data_dir)

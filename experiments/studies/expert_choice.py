@@ -33,7 +33,7 @@ NOTE = (
   'A masked language model of width 96 with two blocks, the second a mixture of 16 experts, on bytes: 400 steps of 16 '
   'sequences of 128, loss in nats a masked byte on the same validation text. Token choice has capacity factor 1.25 '
   'and a balance loss of 0.01, as the paper has. Steps to a loss are read off the evaluation every 25 steps, with '
-  'straight lines between. Seeds differ by 0.1 nats, more than routers do after so few steps: the claims of loss are '
+  'straight lines between. Seeds differ more than routers do after so few steps: the claims of loss are '
   'open here, not refuted. The loss to reach is the higher one of the last losses of both, with the same '
   'seed.\n\nWhat should show them: the smallest models for which the paper compares routers have 100 million active '
   'parameters and 32 experts in six of twelve layers '

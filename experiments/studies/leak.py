@@ -37,7 +37,7 @@ NOTE = (
   'tokens that stand at the same place of different sequences.\n\n'
   'The claim that is not reproduced, that a leaking router has learnt nothing more than one that cannot leak, is '
   'one of equality up to noise: both models have the same size, and what remains between them is within two '
-  'deviations, though only just. More layers and longer sequences give more future to read; of those here, the '
+  'deviations. More layers and longer sequences give more future to read; of those here, the '
   'longest prefix is 64 bytes.'
 )
 ARMS = {

@@ -40,10 +40,9 @@ NOTE = (
   'memory, 64 times as much of it as with one expert, and time gets flatter the more rows each expert has. What '
   'remains with many images includes the copies that put slots in the order of their experts and back, of which '
   'one expert needs none. The paper trains on batches of 4,096 images. The update is never flat by itself: it '
-  'reads and writes all weights and moments, whatever works on them. Other programs used the machine at the same '
-  'time, so single rounds differ: what is not reproduced here is open for the larger batches, and an accelerator '
-  'with a batch of the paper, on which weights are read once for thousands of rows, is the set-up that should show '
-  'it.\n\nMilliseconds, medians of the rounds:\n\n'
+  'reads and writes all weights and moments, whatever works on them. An accelerator with a batch of the '
+  'paper, on which weights are read once for thousands of rows, is the set-up that should show flat '
+  'times.\n\nMilliseconds, medians of the rounds:\n\n'
 )
 
 

@@ -167,8 +167,8 @@ def capped_plan(
 
   Zhou et al. 2022, capped expert choice. The optimum is `A = min(1, exp((score + u_e + v_t) / entropy))` with v <= 0;
   u and v are found in turn, each by bisection, until no v moves by a thousandth of `entropy`. Dykstra's projections,
-  which the paper uses, have the same limit but move by a few units of `entropy` a round: after 100 rounds a third of
-  the rows were still on wrong tokens. A has no gradient. Padding (`real` False) takes nothing.
+  which the paper uses, have the same limit but move by a few units of `entropy` a round, too slowly for their 100
+  rounds. A has no gradient. Padding (`real` False) takes nothing.
 
   Args:
     score: affinities in [0, 1].

@@ -3,7 +3,7 @@
 Sources: Hoffmann et al. 2022 (approach 3), Krajewski et al. 2024 (section 5), Ludziejewski et al. 2025 (appendix),
 Yun et al. 2024 (appendix D). We deviate in three things: starting scales follow from starting exponents by
 non-negative least squares; the search is Levenberg-Marquardt in place of (L-)BFGS, for the valleys of these laws are
-long and a fit by it takes some tens of evaluations; and no weight decay pulls at the coefficients.
+long and it follows them in few evaluations; and no weight decay pulls at the coefficients.
 """
 
 from __future__ import annotations

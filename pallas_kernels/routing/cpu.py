@@ -8,7 +8,7 @@ from . import blocks
 # Each row is compared with the rows of its block, and each block has a count for each expert.
 WIDTH = 32
 # Among 8192 rows counts were clearly faster than the sort with 16 and 64 experts, a little with 128, and not with 256
-# or more: `scripts/bench_kernels.py --only pack --shapes pack-16 pack-64 ...` on a CPU that does nothing else.
+# or more: experiments/results/bench_kernels/pack.json.
 MOST_COUNTED = 128
 
 top_k = blocks.top_k

@@ -1,8 +1,10 @@
-"""Memory that a step frees stays with the process."""
+"""Memory that a step frees stays with the process, in huge pages."""
 
 import platform
 import subprocess
 import sys
+
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,21 @@ print(faults() - before)
 """
 
 
+HUGE = """
+import re
+from pathlib import Path
+from experiments.allocator import keep_freed_memory
+
+assert keep_freed_memory()
+maps = re.split(r'\\n(?=[0-9a-f]+-)', Path('/proc/self/smaps').read_text())
+(heap,) = (one for one in maps if '[heap]' in one and ' hg' in one)
+print(int(re.search(r'Size: +(\\d+) kB', heap)[1]))
+"""
+needs_glibc = pytest.mark.skipif(
+  platform.libc_ver()[0] != 'glibc', reason='glibc alone has mallopt'
+)
+
+
 def page_faults(how: str, **environment: str) -> int:
   """Of five sums of 64 MiB each; up to 32 MiB glibc learns by itself."""
   command = [sys.executable, '-c', PROGRAM, how]
@@ -36,7 +53,17 @@ def page_faults(how: str, **environment: str) -> int:
   return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc alone has mallopt')
+@needs_glibc
 def test_a_step_takes_the_pages_of_the_step_before():
   assert page_faults('leave') > 5 * 16_000  # pages of 4 KiB
   assert page_faults('keep') < 500
+
+
+@needs_glibc
+@pytest.mark.skipif(
+  not Path('/sys/kernel/mm/transparent_hugepage').exists(), reason='a kernel without huge pages'
+)
+def test_the_heap_asks_for_huge_pages():
+  done = subprocess.run([sys.executable, '-c', HUGE], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert int(done.stdout) > 2**31 / 1024 * 0.99

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,18 @@ def test_a_folder_without_a_model_is_one_sentence(tmp_path):
   config = str(placement.__file__).replace('experiments/placement.py', 'configs/tiny.py')
   with pytest.raises(BadInput, match='has no checkpoint of a model to place'):
     placement.main(['placement', '--config', config, '--workdir', str(tmp_path)])
+
+
+def test_devices_that_are_no_numbers_are_refused():
+  with pytest.raises(BadInput, match='--devices=two is not accepted'):
+    placement._positive('two')
+
+
+def test_the_page_is_that_of_its_numbers():
+  folder = Path(placement.__file__).parent / 'results' / 'placement'
+  result = json.loads((folder / 'result.json').read_text())
+  assert (folder / 'README.md').read_text() == placement.page(result)
+  assert [row['devices'] for row in result['rows']] == [2, 4, 8]
 
 
 def test_the_report_is_json(rng):

@@ -1,13 +1,15 @@
 """Studies: what is read off a sweep's table and curves."""
 
+import json
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.errors import BadInput
-from experiments.studies import expert_choice, fine_grained, rows, soft_moe, soft_throughput
+from experiments.errors import BadInput, RunsFailed
+from experiments.studies import expert_choice, fine_grained, rows, seeds, soft_moe, soft_throughput
 from experiments.studies.multiplicity import experts_by_token
 from moejax import Assignment
 
@@ -113,3 +115,37 @@ def test_layers_of_any_number_of_experts_are_timed_in_turns(monkeypatch):
   assert [*found] == ['forward', 'both passes', 'update']
   assert all([*of] == [1, 4] for of in found.values())
   assert all(len(one) == 2 for of in found.values() for one in of.values())
+
+
+def test_a_record_of_seeds_says_what_their_last_evaluations_were(tmp_path):
+  folders = []
+  for seed, (loss, accuracy, took) in enumerate(
+    ((2.0, 0.4, 90.0), (2.2, 0.5, 99.0), (2.4, 0.3, 91.0))
+  ):
+    folder = tmp_path / str(seed)
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps({'seed': seed}))
+    (folder / 'program.json').write_text(json.dumps({'seconds': took}))
+    first = {'step': 9, 'loss': 5.0}
+    last = {'step': 19, 'loss': 2.5, 'eval_loss': loss, 'eval_accuracy': accuracy}
+    (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, (first, last))) + '\n')
+    folders.append(folder)
+  seeds.record(Path('configs/tiny.py'), folders, tmp_path / 'out')
+  result = json.loads((tmp_path / 'out' / 'result.json').read_text())
+  assert [run['seed'] for run in result['runs']] == [0, 1, 2]
+  assert seeds.measured(result) == (
+    'evaluation loss 2.200 (s.d. 0.200) nats, accuracy 40.0 (s.d. 10.0) %'
+  )
+  assert seeds.seconds(result) == '91 s'
+  page = (tmp_path / 'out' / 'README.md').read_text()
+  assert 'After 20 steps: evaluation loss 2.200' in page
+  assert result['command'] in page
+  assert (tmp_path / 'out' / 'plot.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_program_that_fails_ends_the_record(tmp_path, monkeypatch):
+  monkeypatch.setattr(seeds, 'RUNS', tmp_path)
+  with pytest.raises(RunsFailed, match='missing.py, seed 0: the program ended with 2'):
+    seeds.train(tmp_path / 'missing.py', 0)
+  with pytest.raises(BadInput, match='usage'):
+    seeds.main(['seeds'])
