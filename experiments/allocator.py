@@ -14,7 +14,7 @@ from pathlib import Path
 
 # malloc.h: parameters of mallopt
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-_MOST = 2**31 - 1  # bytes: free at the end of the heap before they are returned, and reserved as it grows
+_MOST = 2**31 - 1  # bytes that are free before any are returned, and reserved as the heap grows
 _HUGE_PAGES = 14  # mman.h: an advice of madvise
 _ONE_MORE = 2**22  # bytes that do not fit a heap that has hardly been used
 

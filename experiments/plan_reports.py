@@ -2,8 +2,8 @@
 
   python -m experiments.plan_reports [--out experiments/results/plans] [--compile NAME ...]
 
-Plans are computed in seconds; what was compiled stays in result.json until `--compile` names a case to compile again
-(minutes each, with libtpu).
+Plans are computed anew; what was compiled stays in result.json until `--compile` names a case to compile again, with
+libtpu.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ from experiments.planning.search import describe, search
 from experiments.planning.workload import Workload, workload
 
 OUT = ROOT / 'experiments' / 'results' / 'plans'
+COMMAND = 'scripts/python -m experiments.plan_reports'
 
 _COMPILED = (
   'The real step, optimizer and recomputation included, compiled for the topology with libtpu on one or two x86-64 '
-  'cores without a TPU; how long that took, and the most memory of the process. Bytes of one device; of collectives '
-  'those that it sends in a step, those left out that are less than 2 % of all, and permutations. A sum counts once, '
-  'whether it is scattered or whole on every device.'
+  'cores without a TPU; how long that took, and the most memory of the process. The compiler refuses a step of which '
+  'more lives at once than the device has, so all of these fit; the plan estimates that memory from above. Bytes of '
+  'one device; of collectives those that it sends in a step, those left out that are less than 2 % of all, and '
+  'permutations. A sum counts once, whether it is scattered or whole on every device. Of the first table the buffers '
+  'of a step were estimated so that none of its steps lives with more.'
 )
 _HELD_OUT = (
   'Nothing in the model was set by these steps: figures were predicted, and then compiled. Narrow is a config with 4 '
@@ -47,8 +50,10 @@ _HELD_OUT = (
 _LESSONS = (
   "What travels more than it must: the embedding's gradient, a whole float32 table over all devices in every "
   'microbatch; sums that the compiler leaves whole on every device though each keeps a shard alone, which shapes do '
-  'not tell; and beside the axis `tensor`, float32 logits where the batch is sharded over more axes than `fsdp`, since '
-  'tokens are cut by model width there and the head is not.'
+  'not tell; gathers over a whole pod of three dimensions, which it writes as sums of shards among zeros; and beside '
+  'the axis `tensor`, float32 logits where the batch is sharded over more axes than `fsdp`, since '
+  'tokens are cut by model width there and the head is not. Of latent attention beside `tensor=8` the plan is '
+  'wrong: the compiler leaves tokens whole there, and sends far less over `tensor` than was predicted.'
 )
 
 
@@ -69,6 +74,7 @@ def main(argv: list[str]) -> int:
     for kernels in (False, True)
   ]
   result = {
+    'command': COMMAND,
     'plans': plans,
     'compiled': {name: compiled[name] for name in CASES if name in compiled},
   }
@@ -182,9 +188,7 @@ def readme(result: Mapping[str, Any]) -> str:
   lines += ['', _LESSONS]
   lines += [
     '',
-    '```sh',
-    'scripts/python -m experiments.plan_reports',
-    '```',
+    f'```sh\n{COMMAND}\n```',
     '',
     'writes this folder; `--compile NAME` compiles a case of the second table again (with the extra `tpu`).',
   ]

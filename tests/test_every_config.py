@@ -134,8 +134,14 @@ def test_data_that_is_not_here_is_asked_for_in_one_sentence(path, argument, tmp_
   assert '\n' not in str(error.value)
 
 
+def test_the_readme_says_how_large_the_first_model_is():
+  params = lay_out(Settings.from_config(get_config(FOLDER / 'tiny.py', None)))
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert f'a byte language model of {count / 1e6:.1f} million parameters' in README
+
+
 def lay_out(settings):
-  """Every parameter and every state of a router has its place on a mesh; no array is made."""
+  """Every parameter and every state of a router has its place on a mesh; no array is made; the parameters' shapes."""
   if settings.data.name in EMBEDDED:
     stream = open_stream(settings, train=True)
   else:
@@ -148,6 +154,7 @@ def lay_out(settings):
   params, routing = jax.eval_shape(definition.init, jax.random.key(0))
   assert jax.tree.leaves(param_shardings(mesh, params))
   param_shardings(mesh, routing)
+  return params
 
 
 def test_a_config_without_a_record_is_found(tmp_path):

@@ -66,7 +66,7 @@ NARROW: dict[str, Any] = {
   'model.d_ff': 512,
   'model.vocab_size': 8192,
 }
-"""Changes that make a config of a scale that compiles in half a minute."""
+"""Changes that make a config of a scale that compiles soon, whatever the size of the whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +110,19 @@ def _case(
 _OLMOE, _QWEN, _SLICE = 'olmoe_1b_7b', 'qwen3_235b', 'v5p:2x2x4'
 CASES: dict[str, Case] = {
   'kimi': _case('kimi_1t', 'v5p:16x16x16', (1, 128, 32, 1), 'all_to_all', 1),
+  'mixtral': _case('mixtral_8x7b', 'v5p:4x4x4', (1, 64, 1, 1), 'local', 2),
+  'deepseek': _case('deepseek_v3_671b', 'v5p:8x8x16', (1, 128, 8, 1), 'all_to_all', 16),
+  'qwen': _case(_QWEN, 'v5p:8x8x8', (1, 256, 1, 2), 'local', 4),
+  'ling': _case('ling_300b', 'v5p:8x8x8', (1, 256, 1, 2), 'local', 4),
+  'kimi_again': _case('kimi_1t', 'v5p:16x16x16', (1, 256, 16, 1), 'all_to_all', 1, held_out=True),
+  'deepseek_again': _case(
+    'deepseek_v3_671b', 'v5p:8x8x16', (1, 128, 1, 8), 'local', 16, held_out=True
+  ),
+  'qwen_again': _case(_QWEN, 'v5p:8x8x8', (1, 512, 1, 1), 'local', 2, held_out=True),
+  'ling_again': _case('ling_300b', 'v5p:8x8x8', (1, 256, 1, 2), 'local', 2),
   'olmoe': _case(_OLMOE, _SLICE, (1, 4, 4, 1), 'all_gather', 64),
   'olmoe_data': _case(_OLMOE, _SLICE, (2, 4, 2, 1), 'all_gather', 1, {'batch_size': 16}),
-  'olmoe_local': _case(_OLMOE, _SLICE, (1, 16, 1, 1), 'local', 4),
+  'olmoe_local': _case(_OLMOE, _SLICE, (1, 16, 1, 1), 'local', 4, held_out=True),
   'tensor': _case(_OLMOE, 'v5e:4x4', (1, 4, 2, 2), 'all_gather', 2, NARROW),
   'tensor_local': _case(_OLMOE, 'v5e:4x4', (2, 4, 1, 2), 'local', 1, NARROW),
   'swap': _case(_OLMOE, _SLICE, (2, 2, 4, 1), 'all_to_all', 2, NARROW, held_out=True),

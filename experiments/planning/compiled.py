@@ -40,7 +40,8 @@ from moejax.mesh.traffic import collectives
 Key = tuple[str, int]
 _RSS_UNIT = 1 if sys.platform == 'darwin' else 1024
 
-LIVES, ALLOCATED = 'memory that lives at once', 'memory that is allocated'
+LIVES = 'memory that lives at once'
+GATHERS = 'all-gather'
 LARGE = 0.02
 """Of all bytes: collectives below are not compared, statistics and the odd permutation."""
 
@@ -51,8 +52,8 @@ class Compiled:
 
   Attributes:
     arguments: bytes of state and batch.
-    temporaries: bytes of all else that is allocated, beside the arguments.
-    peak: most bytes that live at once, arguments among them.
+    temporaries: bytes of all else, beside the arguments; more than a device has is no error, for they share places.
+    peak: most bytes that live at once, arguments among them; the compiler refuses a step with more than a device has.
     sent: (kind, devices that work together) -> bytes that the device sends.
     seconds: that tracing and compiling took.
     host: bytes, the most that this process has held in memory.
@@ -170,24 +171,29 @@ class Comparison:
 def compare(work: Workload, layout: Layout, found: Compiled) -> list[Comparison]:
   """State, all memory, and every collective that is large in one of both.
 
-  A compiler tells of memory twice: the most that lives at once, and what it allocates, gaps among it. What a run needs
-  lies between.
-
   Collectives are told apart by the number of devices that work together, not by their axes: where weights are copies
   along one axis and cut along another the compiler mixes the two. A sum counts once, whether it is scattered or whole
-  on every device: `scattered` has which. Permutations between orders of devices are not predicted.
+  on every device: `scattered` has which. TPU compilers may also write a gather as a sum of shards among zeros: where
+  none is left over so many devices, gathers and sums are one. Permutations between orders of devices are not predicted.
   """
   needed = memory(work, layout)
   state = needed['parameters'] + needed['optimizer']
   rows = [
     Comparison('state', state, found.arguments),
     Comparison(LIVES, sum(needed.values()), found.peak),
-    Comparison(ALLOCATED, sum(needed.values()), found.arguments + found.temporaries),
   ]
   axes: dict[Key, set[str]] = {}
   for move in moves(work, layout):
     axes.setdefault((_sums(move.kind), move.size), set()).add('+'.join(move.axes))
   predicted, compiled = _with_sums(expected_by_size(work, layout)), _with_sums(found.sent)
+  for size in {size for kind, size in predicted if kind == GATHERS}:
+    if (GATHERS, size) not in compiled:
+      axes['gathers, as sums, and sums', size] = (
+        axes.get(('sums', size), set()) | axes[GATHERS, size]
+      )
+      for sent in (predicted, compiled):
+        both = sum(sent.pop((kind, size), 0.0) for kind in (GATHERS, 'sums'))
+        sent['gathers, as sums, and sums', size] = both
   total = sum(compiled.values())
   for key in sorted({*predicted, *compiled}, key=lambda key: -compiled.get(key, 0.0)):
     over = ', '.join(sorted(axes.get(key, ()))) or f'{key[1]} devices'

@@ -1,7 +1,7 @@
 """Bytes of a device in one training step, by group of tensors: the analytic model.
 
-State is exact. What a step needs beside it is estimated from the shapes of the largest arrays that live together, with
-the counts of such arrays fitted to programs compiled for TPUs (experiments/results/plans has the errors).
+State is exact. What a step needs beside it is estimated from the shapes of the largest arrays that live together, from
+above: no program compiled for TPUs lived with more (experiments/results/plans has the errors).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ GROUPS = ('parameters', 'optimizer', 'gradients', 'activations', 'buffers')
 """Groups of tensors: float32 weights, the optimizer's moments, sums of gradients, inputs of layers that the backward
 pass starts from, and what the largest layer works with."""
 
-SPARE = 1.25
-"""What the compiler allocates of buffers over what lives at once by the shapes: fitted, as said above."""
+SPARE = 1.2
+"""What lives at once over what does by the shapes: the least that covers every compiled program."""
 
 Memory = dict[str, float]
 
@@ -48,7 +48,8 @@ def moments(optim: OptimSettings) -> float:
 def activations(work: Workload, layout: Layout) -> float:
   """What the backward pass finds stored of a microbatch."""
   model, tokens = work.settings.model, work.tokens(layout)
-  inputs = tokens * model.d_model * work.width
+  # beside the axis `tensor`, XLA cuts the vectors of tokens by their width
+  inputs = tokens * model.d_model * work.width / layout.tensor
   if model.remat == 'full':
     return model.num_layers * inputs
   per_layer: float = inputs * 8 + tokens * model.num_heads * work.score_width * work.width
@@ -78,7 +79,7 @@ def layer(work: Workload, layout: Layout) -> float:
     if tensor.group in ('experts', 'dense') and tensor.trained:
       others = tuple(axis for axis in layout.sizes if axis != 'fsdp')
       each = elements / count / tensor.shards(layout.sizes, others)
-      gathered += each * (work.width + 4)  # with its gradient
+      gathered += each * 2 * work.width  # with its gradient
   return gathered + max(attention(work, layout), experts(work, layout))
 
 
