@@ -8,17 +8,15 @@ Three questions on this machine, forward + backward, answered by ratios within o
 
 Times are CPU seconds of the process: pin it to one core (`taskset -c 0`), and they are wall time without other load.
 
-Routers of many choices take 8 experts of hidden width 256, the others one (or two) of width 512. There are so many
-tokens that the weights of 512 experts, which a step reads twice and whose gradients it writes, do not outweigh the
-work on rows: 256 rows an expert, 128 of the wide ones. A row of an earlier run in --out is replaced if its router runs
-again.
+Routers of many choices take 8 experts, the others one (or two). There are so many rows that the weights of 512 experts,
+which a step reads twice and whose gradients it writes, do not outweigh the work on rows: 512 an expert, or 256 where a
+row has a token to itself. A row of an earlier run in --out is replaced if its router runs again.
 """
 
 import argparse
 import functools
 import json
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -29,15 +27,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.allocator import keep_freed_memory
 from moejax import Context, MoE
 from moejax.moe.peer import Peer
 from moejax.transformer.ffn import FFN
+from scripts.conditions import conditions
 
-LENGTH, WIDTH = 1024, 128
-MANY, FEW = {'rows': 131_072, 'hidden': 256}, {'rows': 65_536, 'hidden': 512}
-"""Rows of all experts, and their hidden width."""
+LENGTH, WIDTH, HIDDEN = 1024, 256, 512
+MANY, FEW = 262_144, 131_072
+"""Rows of all experts; a router with k choices sees k times fewer tokens."""
 EXPERTS = (8, 64, 512)
-SLOW = 6.0
+SLOW = 60.0
 """Seconds of one call past which a router is not asked with more experts."""
 PEER = {'experts': 1024**2, 'heads': 8, 'k': 16, 'query_width': 128, 'width': 128, 'tokens': 8192}
 ONE: dict = {}
@@ -87,15 +87,16 @@ def options_of(name: str, experts: int) -> dict:
   return {key: experts if value == 'experts' else value for key, value in ROUTERS[name].items()}
 
 
-def sizes_of(name: str) -> dict:
-  """`MANY` of a router that takes a number of choices here, else `FEW`."""
-  counts = {'k', 'k_max', 'max_k', 'capacity_factor'}
-  return MANY if counts.intersection(ROUTERS[name]) else FEW
+def tokens_of(name: str, layer: MoE) -> int:
+  """As many as fill the rows: eighths where a router takes a number of choices here, which nulls may be among."""
+  if {'k', 'k_max', 'max_k', 'capacity_factor'}.intersection(ROUTERS[name]):
+    return MANY // 8
+  return LENGTH * round(FEW / layer.rows_per_token(LENGTH) / LENGTH)
 
 
-def inputs(tokens: int) -> tuple[jax.Array, Context]:
+def inputs(tokens: int, width: int) -> tuple[jax.Array, Context]:
   """Tokens `[B, S, D]`, and all that a router may look at."""
-  x = jax.random.normal(jax.random.key(1), (tokens // LENGTH, LENGTH, WIDTH))
+  x = jax.random.normal(jax.random.key(1), (tokens // LENGTH, LENGTH, width))
   ids = jax.random.randint(jax.random.key(2), x.shape[:2], 0, 256)
   first = ids[:, 0]
   positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), x.shape[:2])
@@ -114,10 +115,8 @@ def inputs(tokens: int) -> tuple[jax.Array, Context]:
 def layer_steps(name: str, experts: int) -> dict:
   """Compiled forward and backward passes of the whole layer and of its router alone, without arguments."""
   router = {'name': name, **options_of(name, experts)}
-  sizes = sizes_of(name)
-  layer = MoE(WIDTH, sizes['hidden'], experts, router, rngs=nnx.Rngs(0))
-  choices = 8 if sizes is MANY else layer.rows_per_token(LENGTH)
-  x, context = inputs(LENGTH * round(sizes['rows'] / choices / LENGTH))
+  layer = MoE(WIDTH, HIDDEN, experts, router, rngs=nnx.Rngs(0))
+  x, context = inputs(tokens_of(name, layer), WIDTH)
   graph, params, rest = nnx.split(layer, nnx.Param, ...)
 
   def whole(params, x):
@@ -248,6 +247,7 @@ def main(arguments=None):
   parser.add_argument('--out', type=pathlib.Path, help='write the tables as JSON to this file')
   parser.add_argument('--rounds', type=int, default=2, help='timed turns of each contestant')
   options = parser.parse_args(arguments)
+  keep_freed_memory()  # as experiments.train
   names = [name for name in options.routers.split(',') if name]
   for name in names:
     if name not in ROUTERS:
@@ -256,9 +256,11 @@ def main(arguments=None):
   if options.out and options.out.exists():
     found = json.loads(options.out.read_text())
   rows = {row['router']: row for row in found.get('rows', [])}
-  found |= {'machine': platform.machine(), 'jax': jax.__version__, 'rounds': options.rounds}
-  found |= {'many': MANY, 'few': FEW, 'length': LENGTH, 'width': WIDTH}
-  print(f'{MANY} {FEW} D={WIDTH}: ms with 8, 64, 512 experts; over 8; part of the router')
+  found |= {**conditions(), 'rounds': options.rounds}
+  found |= {'many': MANY, 'few': FEW, 'length': LENGTH, 'width': WIDTH, 'hidden': HIDDEN}
+  print(
+    f'{MANY} or {FEW} rows, D={WIDTH} F={HIDDEN}: ms with 8, 64, 512 experts; over 8; part of the router'
+  )
   for name in names:
     rows[name] = contest(name, options.rounds)
     found['rows'] = [rows[known] for known in ROUTERS if known in rows]

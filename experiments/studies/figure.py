@@ -8,23 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from experiments.errors import BadInput
 from experiments.studies.rows import mean_sd
 
 
 def pyplot() -> Any:
-  """matplotlib, drawing to files.
+  """matplotlib, drawing to files; slow to import, so not before it is needed."""
+  import matplotlib as mpl
 
-  Raises:
-    BadInput: it is not installed.
-  """
-  try:
-    import matplotlib as mpl
+  mpl.use('Agg')
+  from matplotlib import pyplot as plt
 
-    mpl.use('Agg')
-    from matplotlib import pyplot as plt
-  except ImportError as error:
-    raise BadInput('figures need matplotlib: MOEJAX_EXTRAS=dev scripts/python ...') from error
   plt.rcParams.update(
     {
       'axes.spines.top': False,
