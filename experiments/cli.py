@@ -198,9 +198,7 @@ def execute(
     return [getattr(module, name)(*arguments) for name in functions]
   except BadInput:
     raise
-  except (
-    Exception
-  ) as error:  # whatever a user's file may raise becomes one sentence that says where
+  except Exception as error:  # whatever a user's file raises becomes a sentence that says where
     frames = traceback.extract_tb(error.__traceback__)
     lines = [str(frame.lineno) for frame in frames if frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file):

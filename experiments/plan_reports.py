@@ -44,7 +44,8 @@ _COMPILED = (
   'of a step were estimated so that none of its steps lives with more.'
 )
 _HELD_OUT = (
-  'Nothing in the model was set by these steps: figures were predicted, and then compiled. Narrow is a config with 4 '
+  'Nothing in the model was set by these steps: figures were predicted, and then compiled. Later the estimate of '
+  'memory was changed, and the gathers for shared experts, by steps of the first table. Narrow is a config with 4 '
   'layers of 1,024, sequences of 512 and a vocabulary of 8,192.'
 )
 _LESSONS = (

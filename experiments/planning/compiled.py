@@ -41,7 +41,7 @@ Key = tuple[str, int]
 _RSS_UNIT = 1 if sys.platform == 'darwin' else 1024
 
 LIVES = 'memory that lives at once'
-GATHERS = 'all-gather'
+GATHERS, EITHER = 'all-gather', 'gathers, as sums, and sums'
 LARGE = 0.02
 """Of all bytes: collectives below are not compared, statistics and the odd permutation."""
 
@@ -188,12 +188,10 @@ def compare(work: Workload, layout: Layout, found: Compiled) -> list[Comparison]
   predicted, compiled = _with_sums(expected_by_size(work, layout)), _with_sums(found.sent)
   for size in {size for kind, size in predicted if kind == GATHERS}:
     if (GATHERS, size) not in compiled:
-      axes['gathers, as sums, and sums', size] = (
-        axes.get(('sums', size), set()) | axes[GATHERS, size]
-      )
+      axes[EITHER, size] = axes.get(('sums', size), set()) | axes[GATHERS, size]
       for sent in (predicted, compiled):
         both = sum(sent.pop((kind, size), 0.0) for kind in (GATHERS, 'sums'))
-        sent['gathers, as sums, and sums', size] = both
+        sent[EITHER, size] = both
   total = sum(compiled.values())
   for key in sorted({*predicted, *compiled}, key=lambda key: -compiled.get(key, 0.0)):
     over = ', '.join(sorted(axes.get(key, ()))) or f'{key[1]} devices'

@@ -87,9 +87,8 @@ def tensor_parallel(work: Workload, layout: Layout) -> Iterator[Move]:
   gathered = layout.exchange in ('local', 'all_gather')
   held = work.tokens(layout) * layout.expert if gathered else room(work, layout)
   back = (layers if gathered else forward) + 1
-  shared = (
-    1 if model.moe.num_shared and layout.exchange == 'local' else 0
-  )  # gathered for those once
+  # tokens that stay are gathered once for shared experts too
+  shared = int(model.moe.num_shared > 0 and layout.exchange == 'local')
   yield Move('all-gather', axes, size, 'tokens', mixtures * (forward + 1 - shared) * held * row)
   yield Move('reduce-scatter', axes, size, 'tokens', mixtures * back * held * row)
   scores = layout.microbatches * work.tokens(layout) * model.moe.num_experts * 4
