@@ -19,6 +19,7 @@ from moejax.arrays import Aux, Context, RoutingStats, wide_dtype
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.moe.neurons import neurons
+from moejax.moe.product_keys import retrieve
 from moejax.routers.router import Flags, as_batch
 from moejax.transformer.linear import LayerNorm, Linear
 from pallas_kernels import check_activation, hidden
@@ -112,10 +113,10 @@ class Peer(nnx.Module):
     if self.query_norm is not None:
       query = self.query_norm(query).astype(wide)
     halves = jnp.split(query, 2, -1)
-    keys = self.keys[...].astype(wide)
-    formula = 'BSNH,NEH->BSNE' if keys.ndim == 4 else 'BSNH,EH->BSNE'
-    first, second = (jnp.einsum(formula, half, own) for half, own in zip(halves, keys, strict=True))
-    return product_top_k(first, second, self.k)
+    halves = [half.reshape(-1, *half.shape[2:]) for half in halves]
+    found = retrieve(*halves, self.keys[...].astype(wide), self.k)
+    score, expert = (part.reshape(*x_bsd.shape[:2], *part.shape[1:]) for part in found)
+    return score, expert
 
   def __call__(
     self, x: Float[Array, '*batch S D'], context: Context | None = None
@@ -169,23 +170,6 @@ class Peer(nnx.Module):
 
 def _one_neuron(activation: str, up_d: Array, down_d: Array, x: Array) -> Array:
   return hidden(activation, (x @ up_d.astype(x.dtype),))[..., None] * down_d.astype(x.dtype)
-
-
-def product_top_k(
-  first: Float[Array, '*batch E'], second: Float[Array, '*batch E'], k: int
-) -> tuple[Float[Array, '*batch K'], Int[Array, '*batch K']]:
-  """The k largest of all `first_i + second_j`, and their numbers `i * n + j`, in O(n + k^2).
-
-  Exact: both members of one of the k best pairs are among the k best of their side. Of equal sums, pairs with a
-  larger `first_i` come first.
-  """
-  side = second.shape[-1]
-  first_k, i = jax.lax.top_k(first, k)
-  second_k, j = jax.lax.top_k(second, k)
-  pairs = (first_k[..., :, None] + second_k[..., None, :]).reshape(*first_k.shape[:-1], k * k)
-  value, place = jax.lax.top_k(pairs, k)
-  row = jnp.take_along_axis(i, place // k, -1)
-  return value, row * side + jnp.take_along_axis(j, place % k, -1)
 
 
 def retrieval_stats(

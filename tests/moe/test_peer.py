@@ -1,14 +1,22 @@
 """Retrieval among many tiny experts: exact, causal, and never a tokens-times-experts array."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moejax import Context
+from moejax.mesh.make import BATCH_AXES, make_mesh
+from moejax.mesh.traffic import collectives
 from moejax.moe.neurons import CHUNK, neurons
-from moejax.moe.peer import Peer, product_top_k
+from moejax.moe.peer import Peer
+from moejax.moe.product_keys import CHUNK as KEYS_CHUNK
+from moejax.moe.product_keys import product_top_k, retrieve
 from moejax.transformer.attention import Attention
 from moejax.transformer.block import Block
 from moejax.transformer.linear import fan_in_init
@@ -212,3 +220,47 @@ def test_bad_options_are_refused_in_one_sentence(options, message):
 def test_the_number_of_experts_is_a_square():
   with pytest.raises(ValueError, match='num_experts=65: accepted are squares'):
     Peer(D, 65, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize('owners', [(), (3,)], ids=['shared keys', 'own keys'])
+def test_gradients_by_chosen_keys_are_those_of_all_scores(owners):
+  """More tokens than a chunk, and not a multiple; autodiff goes through all scores."""
+  key = jax.random.split(jax.random.key(0), 4)
+  first, second = jax.random.normal(key[0], (2, 2 * KEYS_CHUNK + 5, 3, 4))
+  keys = jax.random.normal(key[1], (2, *owners, 16, 4))
+  target = jax.random.normal(key[2], (len(first), 3, 5))
+
+  def plainly(first, second, keys, k):
+    formula = 'TNH,NEH->TNE' if owners else 'TNH,EH->TNE'
+    sides = (
+      jnp.einsum(formula, half, own) for half, own in zip((first, second), keys, strict=True)
+    )
+    return product_top_k(*sides, k)
+
+  def scalar(function, *arguments):
+    score, expert = function(*arguments, 5)
+    return (score * target).sum(), expert
+
+  by_chosen, by_all = (
+    jax.value_and_grad(functools.partial(scalar, function), (0, 1, 2), has_aux=True)
+    for function in (retrieve, plainly)
+  )
+  (_, expert), got = by_chosen(first, second, keys)
+  (_, same), want = by_all(first, second, keys)
+  np.testing.assert_array_equal(expert, same)
+  for a, b in zip(got, want, strict=True):
+    assert float(jnp.abs(b).max()) > 1
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_scan_over_chunks_leaves_tokens_on_their_devices():
+  """Forward and backward on eight devices: XLA:CPU gathers scores for `top_k` (accelerators do not), nothing else."""
+  mesh = make_mesh(8, 1, 1, 1, devices=jax.devices())
+  graph, state = nnx.split(make())
+  loss = lambda state, x: (nnx.merge(graph, state)(x)[0] ** 2).sum()
+  x = jax.device_put(tokens((8, 2 * CHUNK // 8, D)), NamedSharding(mesh, P(BATCH_AXES)))
+  state = jax.device_put(state, NamedSharding(mesh, P()))
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(state, x).compile()
+  gathers = [one for one in collectives(compiled, 8) if one.kind != 'all-reduce']
+  scores = CHUNK * 2 * 8 * 4  # of a chunk's tokens, two heads, eight keys of either half
+  assert all(one.kind == 'all-gather' and one.operand <= scores / 8 for one in gathers), gathers
