@@ -107,6 +107,8 @@ def get_config() -> ConfigDict:
   config.model.moe.output_norm = False
   config.model.moe.momentum = ConfigDict()  # over depth: {'name': 'heavy_ball'}, adam, robust
   config.model.moe.dispatch = 'fused'  # fused, sorted, einsum
+  # the kernels of that dispatch (pallas_kernels/README.md): auto (of the platform), blocks, cpu, gpu, tpu, reference
+  config.model.moe.implementation = 'auto'
   # between devices: auto, local, all_gather, all_to_all, ragged_all_to_all, ragged_fallback, bilevel, sparse_fsdp
   config.model.moe.exchange = 'auto'
   config.model.moe.exchange_options = ConfigDict()  # of that exchange: {'capacity_factor': 1.25}

@@ -9,6 +9,7 @@ import json
 from experiments.check_routing import check_routing
 from experiments.data import Stream, make_stream
 from experiments.errors import BadInput
+from experiments.kernels import check_kernels
 from experiments.make_model import build_mesh, model_maker
 from experiments.optim import make_optimizer
 from experiments.place import batch_share
@@ -84,7 +85,7 @@ def build_program(settings: Settings, stream: Stream) -> Program:
   """
   mesh = build_mesh(settings)
   try:
-    return Program(
+    program = Program(
       ModelDef(model_maker(settings, stream, mesh)),
       functools.partial(make_optimizer, settings.optim),
       mesh,
@@ -101,6 +102,8 @@ def build_program(settings: Settings, stream: Stream) -> Program:
     )
   except ValueError as error:
     raise BadInput(str(error)) from error
+  check_kernels(settings, program, stream)
+  return program
 
 
 def program_key(settings: Settings, stream: Stream) -> str:

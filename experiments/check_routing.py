@@ -37,6 +37,11 @@ def check_routing(settings: Settings) -> None:
       f'optim.bias_rate={settings.optim.bias_rate} with router {moe.router["name"]!r} without a bias to move: '
       "accepted are model.moe.router={'name': 'top_k', 'balance_bias': True, ...}, or 0"
     )
+  if facts.slots and moe.implementation != 'auto':
+    raise BadInput(
+      f'model.moe.implementation={moe.implementation!r} with router {moe.router["name"]!r}, whose slots are batched '
+      "matmuls: accepted is 'auto'"
+    )
   _check_group_size(settings)
   _check_needs(settings, facts.flags.needs)
   if settings.model.kind == 'decoder' and not facts.flags.prefix_safe and not settings.allow_leak:

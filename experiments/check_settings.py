@@ -36,6 +36,7 @@ def check_model(model: ModelSettings) -> None:
   else:
     _divides('model.d_ff', model.d_ff, 'model.moe.granularity', moe.granularity)
   _check_router(moe)
+  _check_implementation(moe)
   if moe.pyramid:
     _check_pyramid(model)
 
@@ -110,6 +111,22 @@ def _check_router(moe: MoESettings) -> None:
   factor = moe.router.get('capacity_factor', 1.0)
   if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 0:
     raise refuse('model.moe.router.capacity_factor', factor, 'a number, 0 or more')
+
+
+def _check_implementation(moe: MoESettings) -> None:
+  """Kernels asked for by name must be what the mixture runs on."""
+  if moe.implementation == 'auto':
+    return
+  if moe.dispatch == 'einsum':
+    raise refuse(
+      'model.moe.implementation', moe.implementation, "'auto' with model.moe.dispatch='einsum'"
+    )
+  if moe.kind in ('peer', 'deep', 'nested'):
+    raise refuse(
+      'model.moe.implementation',
+      moe.implementation,
+      f"'auto' with model.moe.kind={moe.kind!r}, which has no rows of experts",
+    )
 
 
 def check_together(settings: Settings) -> None:

@@ -42,6 +42,7 @@ LATER: dict[str, Any] = {
   },
   'model.depth': {'layers': 'none', 'capacity': 0.125, 'decide': 'predictor', 'loss': 0.01},
   'model.moe.pyramid': '',
+  'model.moe.implementation': 'auto',
 }
 """'section.key' -> value. A test holds them to configs/common.py."""
 

@@ -18,7 +18,7 @@ from experiments.heads import heads_maker
 from experiments.mixtures import make_mixture, router_facts, shared_maker
 from experiments.settings import ModelSettings, Settings
 from moejax.mesh.make import BATCH_AXES, make_mesh
-from moejax.moe.dispatch import DISPATCHES
+from moejax.moe.dispatch import make_dispatch
 from moejax.moe.exchange import Exchange, single
 from moejax.moe.exchange import make_exchange as exchange_by_name
 from moejax.scaling.ours import latent_of
@@ -132,7 +132,8 @@ def _moe_maker(settings: Settings, mesh: Mesh, dtype):
     return None
   model, moe = settings.model, settings.model.moe
   exchange = make_exchange(settings, mesh)
-  dispatch = DISPATCHES[moe.dispatch]
+  named = None if moe.implementation == 'auto' else moe.implementation
+  dispatch = make_dispatch(moe.dispatch, named)
   options = {'dispatch': dispatch, 'exchange': exchange, 'dtype': dtype}
   makers = {
     count: functools.partial(make_mixture, model, count, options) for count in model.moe_experts

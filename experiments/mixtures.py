@@ -22,6 +22,7 @@ class RouterFacts:
   Attributes:
     flags: what it promises.
     has_bias: whether it has a bias that loss-free balancing moves.
+    slots: whether experts work on slots, mixed of all tokens, instead of rows.
     rows_per_token: sequence length -> mean number of experts (or slots) that work on a token.
     active_share: sequence length -> fraction of the experts' parameters that work on a token.
     flops: sequence length -> FLOPs of one token in the layer, by part.
@@ -29,6 +30,7 @@ class RouterFacts:
 
   flags: Flags
   has_bias: bool
+  slots: bool
   rows_per_token: Callable[[int], float]
   active_share: Callable[[int], float]
   flops: Callable[[int], dict[str, int | float]]
@@ -50,10 +52,11 @@ def router_facts(model: ModelSettings) -> RouterFacts:
   layer = layers[model.moe.num_experts]
   router = getattr(layer, 'router', None)
   has_bias = router is not None and router.bias is not None
+  known = (layer.flags, has_bias, router is not None and bool(router.slots))
   asked = ('rows_per_token', 'active_share', 'flops_per_token')
   if len(layers) == 1:
-    return RouterFacts(layer.flags, has_bias, *(getattr(layer, name) for name in asked))
-  return RouterFacts(layer.flags, has_bias, *_means([layers[count] for count in model.moe_experts]))
+    return RouterFacts(*known, *(getattr(layer, name) for name in asked))
+  return RouterFacts(*known, *_means([layers[count] for count in model.moe_experts]))
 
 
 def _means(layers: list[Any]) -> tuple[Callable[[int], Any], ...]:

@@ -45,6 +45,7 @@ MAY_CHANGE = (
   'model.remat',
   'model.unroll',
   'model.moe.dispatch',
+  'model.moe.implementation',
   'model.moe.exchange',
   'model.moe.exchange_options',
   'mesh',

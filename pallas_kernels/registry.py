@@ -11,16 +11,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from . import chips
+from .errors import Unsupported as Unsupported
+
 # What `implementation=None` takes on a platform; every other platform takes DEFAULT, and so does one whose body cannot
 # do what is asked. A body enters here when its speed has been measured on that platform: an interpreter and a compiler
 # show neither speed nor, of a GPU, the order of memory accesses. And all bodies that stand here are traced into every
 # program, whatever it is lowered for. 'cuda' is every NVIDIA GPU, those of sm_80 too, which take DEFAULT.
 BY_PLATFORM = {'cpu': 'cpu'}
 DEFAULT = 'blocks'
-
-
-class Unsupported(NotImplementedError):
-  """This implementation cannot do what is asked; raised while tracing, before anything runs."""
 
 
 def check_name(operation: str, implementation: str | None, names) -> None:
@@ -57,9 +56,13 @@ def run(operation: str, part: str, implementation: str | None, *args, **options)
   It is the body of that name; for None, the one for the platform that is lowered for, or DEFAULT where that one raises
   Unsupported, and then all bodies return the same types. A body whose backward reads what its forward has saved raises
   in both or in neither.
+
+  Raises:
+    Unsupported: of the body of that name; or the chip is known to be another than it is made for (chips.check).
   """
   body = lambda name: functools.partial(_function(operation, name, part), **options)
   if implementation is not None:
+    chips.check(operation, implementation, args)
     return body(implementation)(*args)
   chosen = {platform: _or_else(body(name), body(DEFAULT)) for platform, name in BY_PLATFORM.items()}
   return jax.lax.platform_dependent(*args, default=body(DEFAULT), **chosen)

@@ -75,7 +75,8 @@ HEAD = """# Kernels
 Operations on rows grouped by expert. Each is a folder: `__init__.py` is its contract, `reference.py` the definition of
 correct, `cases.py` what every body must get right, every other file a body. `implementation=None` takes the body of
 the platform that is lowered for, or `blocks` where that one cannot do what is asked (`registry.py` has the rule); a
-body asked for by name never falls back, it raises `Unsupported`.
+body asked for by name never falls back, it raises `Unsupported`, on chips that it is not made for too (`chips.py`). A
+config takes one by `model.moe.implementation`; `scripts/bench_kernels.py` ends with which is the fastest where it runs.
 
 This file is printed by `scripts/python -m pallas_kernels.status`; a test compares them, and the table with the code.
 """

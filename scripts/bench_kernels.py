@@ -5,7 +5,8 @@ ceiling), `jax.lax.ragged_dot`, and what else is installed: tokamax, and with to
 Triton, a layer in the manner of ScatterMoE (bench_triton.py). Random data (zeros are faster); contestants take turns;
 medians; backward is (forward + backward) - forward. Prints TFLOP/s by SonicMoE's convention (6 R D F forward and
 12 R D F backward for a gated layer, arXiv 2512.14080), the fraction of the ceiling and the bytes of arguments and
-results. What a body cannot do is said, and is no failure.
+results. What a body cannot do is said, and is no failure. The last line says which body is the fastest by shape, and so
+what a config's `model.moe.implementation` should be on such a machine.
 
 `--check` first runs the correctness cases of each body here. On a CPU use `--shapes small` (seconds) or `cpu`.
 """
@@ -33,6 +34,7 @@ from pallas_kernels import Unsupported, expert_ffn, grouped_matmul, packed, regi
 from pallas_kernels.expert_ffn import NAMES as FFN_NAMES
 from pallas_kernels.grouped_matmul import NAMES as MATMUL_NAMES
 from pallas_kernels.routing import NAMES as ROUTING_NAMES
+from scripts.bench_advice import advice
 from scripts.conditions import conditions
 
 REFUSALS = (Unsupported, NotImplementedError, ValueError, jax.errors.JaxRuntimeError)
@@ -314,6 +316,8 @@ def main(arguments=None):
   if options.out:
     found = {**conditions(), 'dtype': dtype.name, 'checked': checked, 'rows': rows}
     options.out.write_text(json.dumps(found, indent=1) + '\n')
+  backend = jax.default_backend()
+  print('\n' + advice(rows, 'cuda' if backend == 'gpu' else backend))
   wrong = [row for row in checked if row['result'].startswith('WRONG')]
   return len(wrong)
 

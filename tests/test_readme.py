@@ -163,8 +163,9 @@ def test_the_tables_of_options_are_complete():
   values = [row['values'] for row in table('option', 'values', 'where')]
   exchanges = typing.get_args(typing.get_type_hints(MoESettings)['exchange'])
   attentions = typing.get_args(typing.get_type_hints(ModelSettings)['attention'])
+  bodies = typing.get_args(typing.get_type_hints(MoESettings)['implementation'])
   accepted = [PRIORITIES, SECOND_POLICIES, GROUPS, KINDS, attentions]
-  accepted += [DISPATCHES, exchanges, MOMENTA, AXES]
+  accepted += [DISPATCHES, bodies, exchanges, MOMENTA, AXES]
   assert [set(code(cell)) for cell in values] == [set(names) for names in accepted]
   rows = table('weighting', 'affinity', 'weights of the chosen', 'used by')
   assert {code(row['weighting'])[0]: row['affinity'] for row in rows} == {

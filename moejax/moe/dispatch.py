@@ -7,6 +7,7 @@ a value. `fused` is the fast one, `sorted_rows` the flow in plain sight, `einsum
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -45,18 +46,26 @@ def combine(
 
 
 def fused(
-  x_td: Float[Array, 'T D'], assignment: Assignment, experts: Experts
+  x_td: Float[Array, 'T D'],
+  assignment: Assignment,
+  experts: Experts,
+  *,
+  implementation: str | None = None,
 ) -> Float[Array, 'T D']:
   """One operation with a backward of its own (pallas_kernels/expert_ffn)."""
-  return experts.ffn(x_td, assignment)
+  return experts.ffn(x_td, assignment, implementation=implementation)
 
 
 def sorted_rows(
-  x_td: Float[Array, 'T D'], assignment: Assignment, experts: Experts
+  x_td: Float[Array, 'T D'],
+  assignment: Assignment,
+  experts: Experts,
+  *,
+  implementation: str | None = None,
 ) -> Float[Array, 'T D']:
   """dispatch -> experts -> combine."""
   x_rd, group_sizes_e, assignment = dispatch(x_td, assignment)
-  y_rd = experts(x_rd, group_sizes_e)
+  y_rd = experts(x_rd, group_sizes_e, implementation=implementation)
   return combine(y_rd, assignment, num_tokens=x_td.shape[0])
 
 
@@ -71,5 +80,28 @@ def einsum(
   return jnp.einsum('TE,ETD->TD', weight_te.astype(y_etd.dtype), y_etd)
 
 
-DISPATCHES: dict[str, Dispatch] = {'einsum': einsum, 'fused': fused, 'sorted': sorted_rows}
+ON_KERNELS: dict[str, Callable[..., Array]] = {'fused': fused, 'sorted': sorted_rows}
+"""Short name -> dispatch whose kernels can be asked for by name."""
+
+DISPATCHES: dict[str, Dispatch] = {'einsum': einsum, **ON_KERNELS}
 """Short name -> dispatch."""
+
+
+def make_dispatch(name: str, implementation: str | None = None) -> Dispatch:
+  """The dispatch of this short name, on the kernels of this name (pallas_kernels/README.md).
+
+  Args:
+    name: a key of `DISPATCHES`.
+    implementation: 'blocks', 'cpu', 'gpu', 'tpu' or 'reference', which then never falls back; None: the platform's.
+
+  Raises:
+    ValueError: an unknown name, or an implementation for a dispatch without kernels.
+  """
+  if name not in DISPATCHES:
+    raise ValueError(f'dispatch={name!r}: accepted are {", ".join(map(repr, DISPATCHES))}')
+  if implementation is None:
+    return DISPATCHES[name]
+  if name not in ON_KERNELS:
+    accepted = ', '.join(map(repr, ON_KERNELS))
+    raise ValueError(f'{implementation=} with dispatch={name!r}: accepted are {accepted}')
+  return functools.partial(ON_KERNELS[name], implementation=implementation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -61,18 +62,41 @@ class Experts(nnx.Module):
     return gate, self.w_up[...].astype(self.dtype), self.w_down[...].astype(self.dtype)
 
   def __call__(
-    self, x_rd: Float[Array, 'R D'], group_sizes_e: Int[Array, ' E']
+    self,
+    x_rd: Float[Array, 'R D'],
+    group_sizes_e: Int[Array, ' E'],
+    *,
+    implementation: str | None = None,
   ) -> Float[Array, 'R D']:
-    """Rows sorted by expert; rows past the last group come out as zeros."""
-    into, w_down = self._into_and_down()
-    pre = tuple(grouped_matmul(x_rd.astype(self.dtype), w, group_sizes_e) for w in into)
-    return grouped_matmul(hidden(self.activation, pre), w_down, group_sizes_e)
+    """Rows sorted by expert; rows past the last group come out as zeros.
 
-  def ffn(self, x_td: Float[Array, 'T D'], assignment: Assignment) -> Float[Array, 'T D']:
-    """Gather, experts and weighted combine in one operation."""
+    `implementation`: a body of `pallas_kernels.grouped_matmul`; None: the one of the platform.
+    """
+    into, w_down = self._into_and_down()
+    matmul = functools.partial(grouped_matmul, implementation=implementation)
+    pre = tuple(matmul(x_rd.astype(self.dtype), w, group_sizes_e) for w in into)
+    return matmul(hidden(self.activation, pre), w_down, group_sizes_e)
+
+  def ffn(
+    self,
+    x_td: Float[Array, 'T D'],
+    assignment: Assignment,
+    *,
+    implementation: str | None = None,
+  ) -> Float[Array, 'T D']:
+    """Gather, experts and weighted combine in one operation.
+
+    `implementation`: a body of `pallas_kernels.expert_ffn`; None: the one of the platform.
+    """
     w_gate, w_up, w_down = self.weights()
     return expert_ffn(
-      x_td.astype(self.dtype), assignment, w_gate, w_up, w_down, activation=self.activation
+      x_td.astype(self.dtype),
+      assignment,
+      w_gate,
+      w_up,
+      w_down,
+      activation=self.activation,
+      implementation=implementation,
     )
 
   def slots(self, x_bepd: Float[Array, 'B E P D']) -> Float[Array, 'B E P D']:

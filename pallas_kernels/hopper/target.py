@@ -4,6 +4,8 @@ import contextlib
 import contextvars
 from typing import Literal, NamedTuple
 
+from .. import chips
+
 SMS = 132  # multiprocessors of an H100 or H200 (SXM)
 
 
@@ -41,7 +43,7 @@ def simulated(blocks: int = 2):
 
   token = _TARGET.set(Target(blocks, 'row_tma', transposes=compat.INTERPRETER_TRANSPOSES))
   try:
-    with compat.interpreter():
+    with chips.simulated(), compat.interpreter():
       yield
   finally:
     _TARGET.reset(token)

@@ -1,12 +1,16 @@
 """Dispatch and combine on a case small enough to read."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.arrays import Assignment
-from moejax.moe.dispatch import combine, dispatch
+from moejax.moe.dispatch import combine, dispatch, make_dispatch
+from moejax.moe.experts import Experts
 from moejax.routers.capacity import rank_within
 
 # Three tokens, two experts, two choices each. Token 1's second choice is dropped (expert 2 of 2).
@@ -41,3 +45,30 @@ def test_combine_weighs_and_adds_and_no_nan_crosses_over():
 def test_rank_is_the_number_of_earlier_rows_of_the_same_bin(bins):
   want = [bins[:i].count(value) for i, value in enumerate(bins)]
   np.testing.assert_array_equal(rank_within(jnp.array(bins), 4), want)
+
+
+@pytest.mark.parametrize('name', ['fused', 'sorted'])
+def test_a_dispatch_on_kernels_asked_for_by_name(name):
+  """The bodies of XLA run here and agree; those of chips are what is lowered for these."""
+  experts = Experts(128, 128, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  run = lambda implementation: jax.jit(
+    lambda x_td: make_dispatch(name, implementation)(x_td, ASSIGNMENT, experts)
+  )
+  x_td = jax.random.normal(jax.random.key(0), (3, 128), jnp.bfloat16)
+  usual = np.asarray(run(None)(x_td), np.float32)
+  for body in ('blocks', 'reference'):
+    found = np.asarray(run(body)(x_td), np.float32)
+    np.testing.assert_allclose(found, usual, atol=2**-6 * np.abs(usual).max())
+  for body, platform, call in (('gpu', 'cuda', 'mosaic_gpu'), ('tpu', 'tpu', 'tpu_custom_call')):
+    program = {
+      named: run(named).trace(x_td).lower(lowering_platforms=(platform,)).as_text()
+      for named in (None, body)
+    }
+    assert call in program[body] and call not in program[None]
+
+
+def test_what_has_no_kernels_takes_none_by_name():
+  with pytest.raises(ValueError, match="implementation='gpu' with dispatch='einsum'"):
+    make_dispatch('einsum', 'gpu')
+  with pytest.raises(ValueError, match="dispatch='sort': accepted are 'einsum', 'fused', 'sorted'"):
+    make_dispatch('sort')

@@ -2,20 +2,25 @@
 
 import contextlib
 
+from pallas_kernels import chips
 
+
+@contextlib.contextmanager
 def interpreted(implementation):
   """A context in which `implementation` runs here: the TPU's interpreter for 'tpu', else nothing.
 
   Reads out of bounds raise, copies happen when they are waited for, and races between them are looked for.
   """
   if implementation != 'tpu':
-    return contextlib.nullcontext()
+    yield
+    return
   from jax.experimental.pallas import tpu as pltpu
 
   params = pltpu.InterpretParams(
     detect_races=True, dma_execution_mode='on_wait', uninitialized_memory='nan'
   )
-  return pltpu.force_tpu_interpret_mode(params)
+  with chips.simulated(), pltpu.force_tpu_interpret_mode(params):
+    yield
 
 
 def parametrize_cases(metafunc, every, chosen):

@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 
+from scripts.bench_advice import advice
 from tests.conftest import ROOT
 
 
@@ -41,7 +42,9 @@ def test_a_race_reports_each_body_and_why_others_do_not_take_part(bench, tmp_pat
   )
   rows = {row['implementation']: row for row in json.loads(out.read_text())['rows']}
   assert rows.keys() == {'blocks', 'cpu', 'tpu'} and rows['tpu']['refused'] == 'needs a TPU'
-  assert rows['cpu']['milliseconds'] > 0 and 'does not take part' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert rows['cpu']['milliseconds'] > 0 and 'does not take part' in out
+  assert out.splitlines()[-1] == 'expert_ffn was not timed here: nothing to set'
 
 
 def test_a_rival_that_fails_is_no_failure(bench, monkeypatch):
@@ -80,3 +83,32 @@ def test_a_body_that_cannot_is_no_failure(bench, monkeypatch):
   monkeypatch.setitem(bench.OPERATIONS, 'pack', lambda shape, dtype: operation)
   programs, refused, _ = bench.contestants('pack', bench.SHAPES['small'], np.dtype('float32'))
   assert not programs and refused == {'blocks': 'no such widths'}
+
+
+def timed(shape, **milliseconds):
+  """Rows of bodies that took so long, a third of it forward; a text says why a body takes no part."""
+  common = dict(operation='expert_ffn', shape=shape)
+  for name, took in milliseconds.items():
+    if isinstance(took, str):
+      yield dict(**common, implementation=name, refused=took)
+    else:
+      for direction, share in (('forward', took / 3), ('backward', 2 * took / 3)):
+        yield dict(**common, implementation=name, direction=direction, milliseconds=share)
+
+
+def test_the_last_line_says_what_to_set():
+  faster = [*timed('A', blocks=60, gpu=12, ragged_dot=1), *timed('C', blocks=90, gpu=45)]
+  assert advice(faster, 'cuda').endswith(
+    'at A gpu is 5.00 times as fast as blocks; at C gpu is 2.00 times as fast as blocks: '
+    'train with --config.model.moe.implementation=gpu'
+  )
+  mixed = [*faster, *timed('B', blocks=8, gpu=9)]
+  assert advice(mixed, 'cuda').endswith(
+    'at B blocks is the fastest: set model.moe.implementation by the shape nearest to yours'
+  )
+  refused = [*timed('A', blocks=60, gpu='float32', tpu='needs a TPU')]
+  assert advice(refused, 'cuda').endswith(
+    "at A blocks is the fastest; at A gpu takes no part (float32): model.moe.implementation='auto' takes the fastest"
+  )
+  assert advice([*timed('A', cpu=1, blocks=2)], 'cpu').endswith("'auto' takes the fastest")
+  assert 'was not timed here' in advice([], 'cuda')

@@ -85,7 +85,8 @@ def pytest_generate_tests(metafunc):
     names = lambda small: small.case.name
     metafunc.parametrize('small', [*SMALL, *(table if full else [])], ids=names)
   if 'layer' in metafunc.fixturenames:
-    table = [(case, 'silu', True) for case in ffn_cases.CASES]
+    # of no rows there is nothing that a body could do: nobody calls one
+    table = [(case, 'silu', True) for case in ffn_cases.CASES if case.num_choices]
     names = lambda layer: layer[0].name
     metafunc.parametrize('layer', [*SMALL_LAYERS, *(table if full else [])], ids=names)
 
