@@ -1,8 +1,10 @@
 """Grouped matmuls for TPUs: `rows @ matrix of the row's group`, and sums over a group's rows.
 
-Every block is moved by the grid's own pipeline; the visits (visits.py) are scalars that its index maps read. A tile
-that lies within one group is one matmul; where groups meet, only the parts of a tile that hold rows of the group are
-computed, and rows of groups before are kept.
+Blocks of rows are moved by the grid's own pipeline, those of matrices by the kernel (tpu_weights.py). The visits
+(visits.py) are scalars that index maps read, and the grid is as long as there are visits: tiles that no group has are
+neither read nor computed. A tile that lies within one group is one matmul; where groups meet, only the parts of a tile
+that hold rows of the group are computed, and rows of groups before are kept. Where a chip's two cores are one device
+(v4, v5p), they share out the tiles of columns; of 7x each core is a device.
 """
 
 import functools
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from . import tpu_weights
 from .compat import struct_like
 from .tpu_tiles import LIMIT, PART, Tiles
 from .visits import Visits
@@ -73,13 +76,14 @@ def matmul(
   """
   inner, columns = rhs[0].shape[1:][:: -1 if transpose_rhs else 1]
   steps = inner // tiles.inner
-  grid = (columns // tiles.columns, visits.tile.shape[0], steps)
-  scratch = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)] * (
-    1 + max(p.into for p in products)
-  )
+  grid = (columns // tiles.columns, _length(visits), steps)
+  num_sums = 1 + max(p.into for p in products) if steps > 1 else 0
+  sums = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)] * num_sums
+  block = (tiles.columns, tiles.inner) if transpose_rhs else (tiles.inner, tiles.columns)
   body = functools.partial(
     _matmul_kernel,
-    counts=(len(lhs), len(rhs), len(extras), len(per_group), len(outs)),
+    counts=(len(lhs), len(rhs), len(extras), len(per_group), len(outs), num_sums, len(rhs)),
+    block=block,
     lanes=([x.lanes for x in extras], [x.lanes for x in outs]),
     products=products,
     transpose_rhs=transpose_rhs,
@@ -87,51 +91,42 @@ def matmul(
     steps=steps,
   )
 
-  def k_of(v, k, used):
-    return jnp.where(v < used[0], k, steps - 1)
-
   last = rhs[0].shape[0] - 1
-
-  def matrix_at(n, v, k, tile, group, starts, used):
-    e, k = jnp.minimum(group[v], last), k_of(v, k, used)
-    return (e, n, k) if transpose_rhs else (e, k, n)
-
-  matrix = (
-    (None, tiles.columns, tiles.inner) if transpose_rhs else (None, tiles.inner, tiles.columns)
-  )
-  lhs_specs = [
-    _rows_spec(x, tiles.rows, tiles.inner, lambda n, v, k, used: k_of(v, k, used)) for x in lhs
-  ]
-  wide = [
-    _rows_spec(x, tiles.rows, tiles.columns, lambda n, v, k, used: n) for x in (*extras, *outs)
-  ]
-  matrices = [pl.BlockSpec(matrix, matrix_at)] * len(rhs)
-  group_at = lambda n, v, k, tile, group, starts, used: (jnp.minimum(group[v], last), 0, n)
+  lhs_specs = [_rows_spec(x, tiles.rows, tiles.inner, lambda n, k: k) for x in lhs]
+  wide = [_rows_spec(x, tiles.rows, tiles.columns, lambda n, k: n) for x in (*extras, *outs)]
+  matrices = [pl.BlockSpec(memory_space=pl.ANY)] * len(rhs)
+  group_at = lambda n, v, k, tile, group, *_: (jnp.minimum(group[v], last), 0, n)
   group_spec = pl.BlockSpec((None, 1, tiles.columns), group_at)
+  scalars = (*visits, *tpu_weights.blocks_of(visits, steps))
   return pl.pallas_call(
     body,
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=4,
+      num_scalar_prefetch=len(scalars),
       grid=grid,
       in_specs=[*lhs_specs, *matrices, *wide[: len(extras)], *[group_spec] * len(per_group)],
       out_specs=wide[len(extras) :],
-      scratch_shapes=scratch if steps > 1 else [],
+      scratch_shapes=[*sums, *tpu_weights.scratch(rhs, block)],
     ),
     out_shape=[struct_like(x.array.shape, x.array.dtype, visits.tile) for x in outs],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=LIMIT
     ),
     name=name,
-  )(*visits, *(x.array for x in lhs), *rhs, *(x.array for x in extras), *per_group)
+  )(*scalars, *(x.array for x in lhs), *rhs, *(x.array for x in extras), *per_group)
+
+
+def _length(visits: Visits) -> Array:
+  """Visits to make; one that does nothing where there are none, for a grid is not empty."""
+  return jnp.maximum(visits.used[0], 1)
 
 
 def _rows_spec(x: Rows, rows: int, width: int, column) -> pl.BlockSpec:
   shape = x.array.shape
   if x.lanes:
     if len(shape) == 2:
-      return pl.BlockSpec((1, rows), lambda n, v, k, tile, group, starts, used: (0, tile[v]))
-    return pl.BlockSpec((None, 1, rows), lambda n, v, k, tile, group, starts, used: (n, 0, tile[v]))
-  index = lambda n, v, k, tile, group, starts, used: (tile[v], column(n, v, k, used))
+      return pl.BlockSpec((1, rows), lambda n, v, k, tile, *_: (0, tile[v]))
+    return pl.BlockSpec((None, 1, rows), lambda n, v, k, tile, *_: (n, 0, tile[v]))
+  index = lambda n, v, k, tile, *_: (tile[v], column(n, k))
   if len(shape) == 2:
     return pl.BlockSpec((rows, width), index)
   if x.at is None:
@@ -140,16 +135,36 @@ def _rows_spec(x: Rows, rows: int, width: int, column) -> pl.BlockSpec:
 
 
 def _matmul_kernel(
-  tile, group, starts, used, *refs, counts, lanes, products, transpose_rhs, epilogue, steps
+  tile,
+  group,
+  starts,
+  used,
+  turn,
+  order,
+  total,
+  *refs,
+  counts,
+  block,
+  lanes,
+  products,
+  transpose_rhs,
+  epilogue,
+  steps,
 ):
   rest = iter(refs)
-  lhs, rhs, extras, per_group, outs = ([next(rest) for _ in range(c)] for c in counts)
-  sums = list(rest)
+  lhs, rhs, extras, per_group, outs, sums, buffers = (
+    [next(rest) for _ in range(c)] for c in counts
+  )
+  blocks = tpu_weights.Blocks(turn, order, total)
+  weights = tpu_weights.Weights(
+    rhs, buffers, next(rest), group, blocks, block, steps, transpose_rhs
+  )
   v, k = pl.program_id(1), pl.program_id(2)
   num_rows = lhs[0].shape[0]
   begin, end = (starts[group[v] + i] - tile[v] * num_rows for i in (0, 1))
   is_tail = group[v] == starts.shape[0] - 2
   needed = v < used[0]
+  slot = weights.take_up(pl.program_id(0), v, k, needed & ~is_tail)
 
   def finish(part, found):
     shared = [x[...] for x in per_group]
@@ -166,7 +181,8 @@ def _matmul_kernel(
   def compute(part):
     found = [None] * (1 + max(p.into for p in products))
     for p in products:
-      product = _dot(_part(lhs[p.left], part), rhs[p.right][...], (1, 1 if transpose_rhs else 0))
+      matrix = buffers[p.right][slot]
+      product = _dot(_part(lhs[p.left], part), matrix, (1, 1 if transpose_rhs else 0))
       found[p.into] = product if found[p.into] is None else found[p.into] + product
     if steps == 1:
       finish(part, found)
@@ -272,7 +288,7 @@ def sum_of_products(
   """
   width, columns = lhs.array.shape[-1], rhs[0].array.shape[-1]
   num_groups = visits.starts.shape[0] - 2
-  grid = (width // tiles.inner, columns // tiles.columns, visits.tile.shape[0])
+  grid = (width // tiles.inner, columns // tiles.columns, _length(visits))
   left = _rows_spec_of_sum(lhs, tiles.rows, tiles.inner, 0)
   right = [_rows_spec_of_sum(x, tiles.rows, tiles.columns, 1) for x in rhs]
   block = (None, tiles.inner, tiles.columns)

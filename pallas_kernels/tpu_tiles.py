@@ -63,8 +63,8 @@ def for_rows(
 
   def memory(t):
     once = t.rows * t.columns * 4 * sums * (2 if t.inner < inner else 1)
-    blocks = lhs * t.rows * t.inner + rhs * t.inner * t.columns + outs * t.rows * t.columns
-    return once + 2 * itemsize * blocks
+    twice = lhs * t.rows * t.inner + outs * t.rows * t.columns
+    return once + itemsize * (2 * twice + 3 * rhs * t.inner * t.columns)
 
   def price(t):
     # A matrix stays where it is from tile to tile of its group if it comes whole.

@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 class Visits(NamedTuple):
-  """`tiles + E` visits, of which the first `used` are made; the others repeat the last one.
+  """Room for `tiles + E` visits, of which the first `used` are made; the others repeat the last one.
 
   Attributes:
     tile: int32 `[V]`.

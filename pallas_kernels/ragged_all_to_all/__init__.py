@@ -52,6 +52,12 @@ def ragged_all_to_all(
   before. So do the segments of the result, which are of device 0, 1, ... Rows between segments are zero, in value and
   in gradient. Rows for which there is no room, here or there, are lost: the caller must leave it.
 
+  Nothing overlaps with it: the kernel ends when all rows have come, and a core that runs one kernel runs no other, so
+  that the first matmul of the experts waits, also where tokens travel in several chunks. Hiding the transfer would
+  take a matmul that waits for each segment by itself, in the same kernel, and that is not written. The exchanges of
+  moejax take XLA's operation instead, whose transfers run beside kernels (moejax/moe/exchange/hop.py, `in_chunks`, has
+  what the compiler makes of it).
+
   Args:
     x: rows to send.
     sizes: `sizes[s, d]` rows go from device s to device d; every device must hold the same table.

@@ -1,15 +1,18 @@
 """Runs TPU bodies on a CPU: each memory access is checked, and fresh memory holds NaN."""
 
 import contextlib
+import importlib
+from unittest import mock
 
 from pallas_kernels import chips
 
 
 @contextlib.contextmanager
-def interpreted(implementation):
+def interpreted(implementation, cores=1):
   """A context in which `implementation` runs here: the TPU's interpreter for 'tpu', else nothing.
 
-  Reads out of bounds raise, copies happen when they are waited for, and races between them are looked for.
+  Reads out of bounds and races are errors; copies happen when they are waited for. `cores` share out a grid's parallel
+  axes, each with a memory of its own.
   """
   if implementation != 'tpu':
     yield
@@ -17,10 +20,26 @@ def interpreted(implementation):
   from jax.experimental.pallas import tpu as pltpu
 
   params = pltpu.InterpretParams(
-    detect_races=True, dma_execution_mode='on_wait', uninitialized_memory='nan'
+    detect_races=True,
+    dma_execution_mode='on_wait',
+    uninitialized_memory='nan',
+    num_cores_or_threads=cores,
   )
-  with chips.simulated(), pltpu.force_tpu_interpret_mode(params):
+  with chips.simulated(), pltpu.force_tpu_interpret_mode(params), races_raise():
     yield
+
+
+def races_raise():
+  """Of the versions of jax before 0.12, which only print the races that they find."""
+  module = importlib.import_module('jax._src.pallas.mosaic.interpret.interpret_pallas_call')
+
+  class Strict(module.RaceDetectionState):
+    def __setattr__(self, name, value):
+      super().__setattr__(name, value)
+      if name == 'races_found' and value:
+        raise RuntimeError('the interpreter found a race')
+
+  return mock.patch.object(module, 'RaceDetectionState', Strict)
 
 
 def parametrize_cases(metafunc, every, chosen):

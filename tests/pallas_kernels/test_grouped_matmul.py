@@ -200,10 +200,11 @@ def test_axes_and_types_of_group_sizes_are_checked_without_a_type_checker():
 
 def test_the_tpu_refuses_what_its_kernels_do_not_compute():
   lhs, rhs, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.ones(2, jnp.int32)
-  matmul = functools.partial(grouped_matmul, implementation='tpu')
+  # of shapes, since arrays that have values lie on a CPU
+  matmul = functools.partial(
+    jax.eval_shape, functools.partial(grouped_matmul, implementation='tpu')
+  )
   with pytest.raises(Unsupported, match=r'lhs float16\(4, 3\), rhs float32\(2, 3, 5\)'):
     matmul(lhs.astype(jnp.float16), rhs, sizes)
   with pytest.raises(Unsupported, match='no tile of 4 rows, 100001 and 5003 columns fits'):
-    jax.eval_shape(
-      matmul, jnp.ones((4, 100001)), jax.ShapeDtypeStruct((2, 100001, 5003), 'f4'), sizes
-    )
+    matmul(jnp.ones((4, 100001)), jax.ShapeDtypeStruct((2, 100001, 5003), 'f4'), sizes)

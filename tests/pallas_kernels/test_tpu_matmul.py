@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Unsupported, grouped_matmul, tpu_tiles, visits
+from pallas_kernels import Unsupported, grouped_matmul, tpu_tiles, tpu_weights, visits
+from pallas_kernels.expert_ffn import tpu as ffn_tpu
 from pallas_kernels.tpu_tiles import Tiles
+from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.test_grouped_matmul import assert_equal, value_and_gradients
 
 visit = jax.jit(visits.visit, static_argnums=(1, 2), static_argnames=('tail', 'empty'))
@@ -35,6 +39,52 @@ def test_each_overlap_of_a_tile_and_a_group_is_visited_once(tail, empty, sizes):
   found = list(zip(made.tile.tolist(), made.group.tolist(), strict=True))
   assert found[:used] == wanted
   assert set(found[used:]) <= {found[max(used - 1, 0)]}
+
+
+@pytest.mark.parametrize('steps', (1, 3))
+@hypothesis.given(st.lists(st.integers(0, 60), min_size=4, max_size=4))
+def test_blocks_of_matrices_come_in_the_order_in_which_visits_read_them(steps, sizes):
+  """A loop over the visits lists the blocks that they read; a whole matrix is read anew by another group only."""
+  starts = jnp.asarray(np.cumsum([0, *sizes]), jnp.int32)
+  made = visit(starts, 250, 32, tail=True)
+  found = jax.tree.map(np.asarray, tpu_weights.blocks_of(made, steps))
+  read = []
+  for v in range(int(made.used[0])):
+    group = int(made.group[v])
+    if group == 4:
+      continue  # rows past the last group read none
+    if steps > 1:
+      assert len(read) == v * steps
+      read += [group] * steps
+    elif not read or read[-1] != group:
+      read.append(group)
+      assert found.turn[v] == len(read) - 1
+    else:
+      assert found.turn[v] == len(read) - 1
+  assert found.total.tolist() == [len(read)]
+  if steps == 1:
+    assert found.order[: len(read)].tolist() == read
+
+
+def test_a_race_is_an_error():
+  """The control: what a copy brings is read before it is waited for."""
+
+  def hasty(x, out, buffer, arrived):
+    copy = pltpu.make_async_copy(x, buffer, arrived)
+    copy.start()
+    out[...] = buffer[...]
+    copy.wait()
+
+  scratch = [pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA]
+  call = pl.pallas_call(
+    hasty,
+    in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+    out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+    scratch_shapes=scratch,
+  )
+  with pytest.raises(Exception, match='(?i)race'), interpreted('tpu'):
+    jax.block_until_ready(jax.jit(call)(jnp.ones((8, 128))))
+  pltpu.reset_tpu_interpret_mode_state()
 
 
 # 600 rows: two whole tiles of 256 and a cut one; the second group lies within a tile, one is empty, 20 rows are past
@@ -67,6 +117,21 @@ def test_tiles_of_several_parts_and_contractions_in_several_steps(
   run = value_and_gradients.__wrapped__  # not the program that other tests have compiled
   found = run('tpu', transpose_rhs)(arrays)
   assert_equal(found, value_and_gradients('reference')(arrays), 1e-5)
+
+
+@pytest.mark.parametrize('tiles', (Tiles(256, 256, 128), Tiles(256, 128, 128)))
+def test_two_cores_share_out_the_columns(tiles, monkeypatch):
+  """Four tiles of columns, groups smaller than a tile, and rows past the last group; of a matrix whole and in parts."""
+  monkeypatch.setattr(tpu_tiles, 'for_rows', lambda *_: tiles)
+  rng = np.random.default_rng(0)
+  lhs = rng.normal(size=(600, 256)).astype(np.float32)
+  rhs = rng.normal(size=(5, 256, 512)).astype(np.float32) / 16
+  matmul = lambda name: jax.jit(
+    lambda lhs, rhs: grouped_matmul(lhs, rhs, jnp.array(SIZES, jnp.int32), implementation=name)
+  )
+  with interpreted('tpu', cores=2):
+    found = np.asarray(matmul('tpu')(lhs, rhs))
+  np.testing.assert_allclose(found, matmul('reference')(lhs, rhs), atol=1e-5)
 
 
 # What the benchmark's shapes take, in bfloat16 and float32. Committed: a change of the prices shows here.
@@ -121,6 +186,31 @@ def test_the_tiles_of_the_benchmark(shape):
   assert found == TABLE[shape]
 
 
+@pytest.mark.parametrize(
+  ('sizes', 'alone'),
+  [
+    ((32768, 2048, 1024, 64, 8), set()),
+    ((24576, 1536, 256, 128, 8), {'dhidden', 'ddown'}),  # 256 columns: x would be read twice
+    ((32768, 4096, 14336, 8, 2), set()),
+  ],
+  ids=('A', 'B', 'C'),
+)
+def test_a_device_of_two_cores_has_work_for_both(sizes, alone):
+  """An even number of tiles of columns (of weights: of tiles in all), but for those named, where one core works."""
+  t, d, f, e, k = sizes
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  tiles = ffn_tpu.check(array(t, d), t * k, (array(e, d, f),) * 2, array(e, f, d))
+  whole = {'up': (1, f), 'down': (1, d), 'dhidden': (1, f), 'dx': (1, d)}
+  whole |= {'dup': (d, f), 'ddown': (f, d)}
+  parts = {
+    name: max(1, down // tile.inner) * (across // tile.columns)
+    for (name, tile), (down, across) in zip(
+      tiles._asdict().items(), (whole[name] for name in tiles._fields), strict=True
+    )
+  }
+  assert {name for name, count in parts.items() if count % 2} == alone, parts
+
+
 @hypothesis.given(
   st.integers(1, 100_000),
   st.integers(1, 300),
@@ -134,8 +224,9 @@ def test_tiles_cut_every_axis_evenly_and_fit(rows, groups, inner, columns, items
     assert inner % tiles.inner == 0 and columns % tiles.columns == 0
     assert tiles.inner % 128 == 0 and (tiles.columns % 128 == 0 or tiles.columns == columns)
     assert tiles.rows == rows if rows < 128 else tiles.rows % 128 == 0 and tiles.rows <= rows
-    twice = 2 * itemsize * (tiles.rows * tiles.inner + tiles.inner * tiles.columns)
-    assert twice <= tpu_tiles.BUDGET
+    buffers = tpu_weights.BUFFERS if choose is tpu_tiles.for_rows else 2
+    blocks = 2 * tiles.rows * tiles.inner + buffers * tiles.inner * tiles.columns
+    assert itemsize * blocks <= tpu_tiles.BUDGET
 
 
 def test_axes_that_cannot_be_cut_are_refused_where_they_do_not_fit():
