@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 
 from experiments.data import Stream
@@ -11,8 +14,23 @@ from experiments.settings import Settings
 from pallas_kernels import Unsupported, chips
 
 
+def check_devices(settings: Settings, devices: Iterable[Any]) -> None:
+  """Asks the devices, which may be described ones.
+
+  Raises:
+    BadInput: `model.moe.implementation` is made for others.
+  """
+  if not settings.model.moe_layers:
+    return
+  try:
+    for device in devices:
+      chips.check_device('model.moe', settings.model.moe.implementation, device)
+  except Unsupported as error:
+    raise refusal(settings, error) from error
+
+
 def check_kernels(settings: Settings, program: Program, stream: Stream) -> None:
-  """Asks the devices of the mesh, and traces the model: bodies refuse types and widths while they are traced.
+  """Asks the devices, and traces the model: bodies refuse types and widths while they are traced.
 
   Raises:
     BadInput: `model.moe.implementation` on devices that it is not made for, or with types or widths it does not take.
@@ -20,16 +38,17 @@ def check_kernels(settings: Settings, program: Program, stream: Stream) -> None:
   moe = settings.model.moe
   if not settings.model.moe_layers or moe.implementation == 'auto':
     return
+  check_devices(settings, program.mesh.devices.flat)
   shape = lambda x: jax.ShapeDtypeStruct((settings.batch_size, *x.shape[1:]), x.dtype)
-  state = program.abstract
+  batch, state = jax.tree.map(shape, stream.batch(0)), program.abstract
   try:
-    for device in program.mesh.devices.flat:
-      chips.check_device('model.moe', moe.implementation, device)
-    jax.eval_shape(
-      program.eval_step, state.params, state.routing, jax.tree.map(shape, stream.batch(0))
-    )
+    jax.eval_shape(program.eval_step, state.params, state.routing, batch)
   except Unsupported as error:
-    accepted = "accepted are 'auto', 'blocks', or what this says"
-    raise BadInput(
-      f'model.moe.implementation={moe.implementation!r}: {error}; {accepted}'
-    ) from error
+    raise refusal(settings, error) from error
+
+
+def refusal(settings: Settings, error: Unsupported) -> BadInput:
+  """One sentence with the key, its value and what is accepted."""
+  name = settings.model.moe.implementation
+  accepted = "accepted are 'auto', 'blocks', or what this says"
+  return BadInput(f'model.moe.implementation={name!r}: {error}; {accepted}')

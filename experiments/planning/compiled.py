@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.errors import BadInput
+from experiments.kernels import check_devices, refusal
 from experiments.make_model import model_maker
 from experiments.optim import make_optimizer
 from experiments.planning.chips import Topology
@@ -36,6 +37,7 @@ from experiments.state import ModelDef
 from experiments.step import Control
 from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.mesh.traffic import collectives
+from pallas_kernels import Unsupported
 
 Key = tuple[str, int]
 _RSS_UNIT = 1 if sys.platform == 'darwin' else 1024
@@ -71,14 +73,18 @@ def compile_step(settings: Settings, layout: Layout, topology: Topology) -> Comp
   """Compiles the step of these settings, laid out as said.
 
   Raises:
-    BadInput: libtpu is not installed, GPUs are asked for, or the compiler refuses the topology or the program.
+    BadInput: libtpu is not installed, GPUs are asked for, kernels are asked for that are not for these chips, types or
+      widths, or the compiler refuses the topology or the program.
   """
   started = time.perf_counter()
   devices = described_devices(topology)
   settings = laid_out(settings, layout)
+  check_devices(settings, devices)
   try:
     mesh = make_mesh(**vars(settings.mesh), devices=devices)
     program = lower(settings, mesh).compile()
+  except Unsupported as error:
+    raise refusal(settings, error) from error
   except (ValueError, jax.errors.JaxRuntimeError) as error:
     reason = ' '.join(str(error).split())[:400]
     raise BadInput(f'{topology.name} does not take this step: {reason}') from error

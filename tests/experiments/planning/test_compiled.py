@@ -18,6 +18,7 @@ from experiments.planning.compiled import (
   compile_step,
   described_devices,
   expected_by_size,
+  laid_out,
   lower,
   scattered,
 )
@@ -67,6 +68,24 @@ def test_a_step_compiled_for_tpus_holds_the_predicted_collectives(microbatches, 
   assert {'all-gather over expert, fsdp', 'sums over expert, fsdp'} <= set(rows)
   for one in rows.values():
     assert abs(one.error) < error < TRAFFIC_ERROR, one
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@needs_libtpu
+def test_a_training_step_is_compiled_on_kernels_asked_for_by_name():
+  """The TPU's, in a step on four devices; what is made for other chips, or not for the type, is one sentence."""
+  topology = parse_topology('v5p:2x2x1')
+  layout = Layout({'data': 1, 'fsdp': 2, 'expert': 2}, 'all_gather', 1)
+  small = {'model.num_layers': 1, 'model.dtype': 'bfloat16'}
+  of = lambda name: settings(**small, **{'model.moe.implementation': name})
+  with jax.numpy_dtype_promotion('standard'):  # optax
+    assert compile_step(of('tpu'), layout, topology).peak > 0
+    mesh = make_mesh(1, 2, 2, devices=described_devices(topology))
+    text = lower(laid_out(of('tpu'), layout), mesh).as_text()
+  assert 'kernel_name = "expert_ffn_up"' in text and 'kernel_name = "expert_ffn_ddown"' in text
+  with pytest.raises(BadInput, match="^model.moe.implementation='gpu': .* needs an NVIDIA GPU"):
+    compile_step(of('gpu'), layout, topology)
 
 
 @pytest.mark.aot
