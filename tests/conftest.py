@@ -1,10 +1,13 @@
 """Settings of every test: eight CPU devices, strict numerics, shapes checked at public borders."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
 import random
+import shutil
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
@@ -14,10 +17,11 @@ def _with_test_flags(flags: str, count: int) -> str:
   """XLA's flags with `count` host devices and quick compiles, and whatever else the user has set.
 
   The suite compiles some thousand small programs: LLVM's optimisations would be a third of its time, and fused loops
-  as much again. Programs that tests start as processes of their own, and CI's training run, are compiled as users
-  compile them.
+  as much again; cutting each into parts for several threads another sixth. Programs that tests start as processes of
+  their own, and CI's training run, are compiled as users compile them.
   """
   ours = {'--xla_force_host_platform_device_count': count, '--xla_backend_optimization_level': 0}
+  ours['--xla_cpu_parallel_codegen_split_count'] = 1
   if importlib.metadata.version('jaxlib').startswith('0.10.'):  # XLA ends on flags it does not know
     ours['--xla_cpu_use_fusion_emitters'] = 'false'
   kept = [flag for flag in flags.split() if flag.partition('=')[0] not in ours]
@@ -67,6 +71,28 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+  _share_programs(config)
+  _add_router(config)
+
+
+def _share_programs(config):
+  """What one file or process compiled, the others of this run read: small operations are alike in most of them."""
+  if hasattr(config, 'workerinput'):  # a process of pytest-xdist
+    folder = config.workerinput['programs']
+  else:
+    folder = tempfile.mkdtemp(prefix='programs-')
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+  node.workerinput['programs'] = jax.config.jax_compilation_cache_dir
+
+
+def _add_router(config):
   """A router of one's own stands in the table of all routers while the tests run."""
   name = config.getoption('--router')
   if name is None:
@@ -78,6 +104,16 @@ def pytest_configure(config):
     routers.ROUTERS[name] = routers.find_router(name)
   except ValueError as error:
     raise pytest.UsageError(f'--router: {error}') from error
+
+
+def pytest_collection_finish():
+  """Python looks for garbage among what tests made, not among what was imported, and less often than it would.
+
+  Tracing makes so many objects that the search was a fourteenth of the suite's time; a file's garbage goes at its end.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -115,6 +151,7 @@ def programs_do_not_pile_up():
   """Programs of one file are let go before the next one's: they hold memory, and each some tens of memory maps."""
   yield
   jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture
