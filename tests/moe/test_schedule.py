@@ -35,13 +35,28 @@ def schedule(options, compiler):
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_experts_work_on_the_second_chunk_while_outputs_of_the_first_travel():
-  """Rows of two chunks go there and back; the experts' products stand between start and end of one transfer."""
+@pytest.fixture(scope='module')
+def chunks():
+  """Rows of two chunks go there and back."""
   found = schedule({'chunks': 2}, ASYNCHRONOUS)
   assert len(found['transfers']) == 4
-  assert sum('dot_general' in between for between in found['transfers']) == 1
+  return found
+
+
+def test_rows_of_the_second_chunk_travel_while_experts_work_on_the_first(chunks):
+  """In the order of the schedule: products stand between start and end of the second transfer there."""
+  assert ['dot_general' in between for between in chunks['transfers']][1]
+
+
+def test_outputs_of_the_first_chunk_travel_while_experts_work_on_the_second(chunks):
+  assert ['dot_general' in between for between in chunks['transfers']][2]
   # and routing sends nothing: XLA:CPU alone gathers the logits
-  assert all('shard_map' in source for source in found['sources'])
+  assert all('shard_map' in source for source in chunks['sources'])
+
+
+def test_no_work_hides_the_first_way_there_and_the_last_way_back(chunks):
+  overlapped = ['dot_general' in between for between in chunks['transfers']]
+  assert overlapped == [False, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class Bilevel(Layout):
           token_u = jnp.arange(expert_u.size, dtype=jnp.int32)
           arrived = Rows(token_u, expert_u, expert_u, inside.num_experts, 1, rows.expected)
           room = places(self.capacity_factor, rows.expected, devices, expert_u.size)
-          return hop(x_ud, arrived, inside, room, lambda x, e: (bank.each(x, e), None))
+          return hop(x_ud, arrived, inside, room, lambda x, e: (bank.each(x, e), None))()
 
         return hop(x_td, rows, between, capacity, second)
 

@@ -1,14 +1,17 @@
 """One hop: rows travel to the devices along one mesh axis that hold their experts, and their outputs back.
 
-`hop(x_td, rows' token and expert, ...) -> (y_rd, lost_r)` is made of `send`, places in a buffer of fixed capacity per
-destination, and `inside`, what happens to the rows at the other end: the experts' work, or another hop.
+`hop(x_td, rows' token and expert, ...)` is a `Trip` in four steps: rows are loaded into a buffer of fixed capacity for
+each destination, sent, worked on at the other end (by experts, or in another hop), and come back. Chunks of tokens are
+trips of which one is sent while another is worked on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +19,35 @@ from jaxtyping import Array, Int
 
 from moejax.moe.exchange.rows import Rows, add_up, take
 from moejax.routers.capacity import rank_within
+from pallas_kernels.compat import varying_axes
 
 Inside = Callable[[Array, Array], tuple[Array, Array | None]]
 """`(x_ud, expert_u) -> (y_ud, lost_u)`: rows with their experts, numbered within the device (or node)."""
 
-Hop = Callable[[Array, Rows], tuple[Array, Array]]
-"""`(x_td, rows) -> (y_rd, lost_r)`."""
+
+@dataclasses.dataclass(frozen=True)
+class Trip:
+  """The steps of a hop.
+
+  Attributes:
+    load: what is to be sent.
+    send: `load -> (x_ud, expert_u)` at the other end.
+    work: of the experts there.
+    back: `(y_ud, lost_u) -> (y_rd, lost_r)`.
+  """
+
+  load: tuple[Array, ...]
+  send: Callable[..., tuple[Array, Array]]
+  work: Inside
+  back: Callable[[Array, Array | None], tuple[Array, Array]]
+
+  def __call__(self) -> tuple[Array, Array]:
+    """All of them."""
+    return self.back(*self.work(*self.send(*self.load)))
+
+
+Hop = Callable[[Array, Rows], Trip]
+"""`(x_td, rows) -> trip`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +84,11 @@ def places(factor: float | int, rows: int, devices: int, most: int) -> int:
   return min(most, max(1, math.ceil(factor * rows / devices - 1e-9)))
 
 
-def hop(x_td: Array, rows: Rows, line: Line, capacity: int, inside: Inside) -> tuple[Array, Array]:
+def hop(x_td: Array, rows: Rows, line: Line, capacity: int, inside: Inside) -> Trip:
   """Rows to their experts and back through `capacity` places for each destination.
 
   A destination that is full loses the rows that come last, in the order of the rows: token-major rows lose later
-  tokens, never because of later ones.
-
-  Returns:
-    `y_rd`, zero for rows that were lost or have no expert, and `lost_r`.
+  tokens, never because of later ones. `y_rd` is zero for rows that were lost or have no expert.
   """
   num_rows = rows.expert.size
   owner_r = jnp.minimum(rows.expert // line.each, line.size)
@@ -78,14 +101,19 @@ def hop(x_td: Array, rows: Rows, line: Line, capacity: int, inside: Inside) -> t
   expert_u = jnp.where(
     row_u < num_rows, rows.expert.at[row_u].get(mode='clip') % line.each, line.each
   )
-  x_ud, expert_u = (line.all_to_all(a) for a in (spread(x_td, rows, row_u, place_r), expert_u))
-  y_ud, lost_u = inside(x_ud, expert_u)
-  y_rd = take(line.all_to_all(y_ud), place_r, row_u)
-  lost_r = wanted_r & ~fits_r
-  if lost_u is not None:
-    back_u = line.all_to_all(lost_u.astype(jnp.int8)) > 0
-    lost_r = lost_r | (fits_r & back_u.at[place_r].get(mode='clip'))
-  return y_rd, lost_r
+
+  def send(x_ud, expert_u):
+    return line.all_to_all(x_ud), line.all_to_all(expert_u)
+
+  def back(y_ud, lost_u):
+    y_rd = take(line.all_to_all(y_ud), place_r, row_u)
+    lost_r = wanted_r & ~fits_r
+    if lost_u is not None:
+      back_u = line.all_to_all(lost_u.astype(jnp.int8)) > 0
+      lost_r = lost_r | (fits_r & back_u.at[place_r].get(mode='clip'))
+    return y_rd, lost_r
+
+  return Trip((spread(x_td, rows, row_u, place_r), expert_u), send, inside, back)
 
 
 def spread(x_td: Array, rows: Rows, row_u: Int[Array, ' U'], place_r: Int[Array, ' R']) -> Array:
@@ -106,12 +134,13 @@ def _inverse(place_r: Int[Array, ' R'], num_places: int) -> Int[Array, ' U']:
 
 
 def in_chunks(x_td: Array, rows: Rows, chunks: int, one: Hop) -> tuple[Array, Array]:
-  """`(y_td, lost_r)` of a hop, in so many chunks of tokens whose transfers and work do not wait for each other.
+  """`(y_td, lost_r)` of a hop in chunks of tokens: one is sent and another comes back beside the work on a third.
 
-  The compiler may send a chunk while experts work on another. What the one for TPUs makes of two chunks on four v5p
-  (libtpu 0.0.42, tests/moe/test_schedule.py): by itself it leaves an all-to-all in one piece, nothing overlaps. With
-  `xla_tpu_enable_async_all_to_all=true` (a compiler option, or in LIBTPU_INIT_ARGS) outputs of the first chunk travel
-  while experts work on the second; rows of the second are still not sent before the work on the first is done.
+  What the compiler for TPUs makes of two chunks on four v5p, of 2,048 tokens a device or 8,192 (libtpu 0.0.42,
+  tests/moe/test_schedule.py): with `xla_tpu_enable_async_all_to_all=true` (a compiler option, or in LIBTPU_INIT_ARGS)
+  rows of the second chunk travel during matrix products of the first, and outputs of the first during those of the
+  second. Only the first way there and the last way back are waited for. Without it an all-to-all stays in one piece,
+  and nothing overlaps.
 
   Raises:
     ValueError: chunks that do not divide the tokens of a device, or rows that do not follow their tokens.
@@ -122,11 +151,55 @@ def in_chunks(x_td: Array, rows: Rows, chunks: int, one: Hop) -> tuple[Array, Ar
       f'chunks={chunks}: accepted are divisors of the {num_tokens} tokens of a device, and 1 for routers whose '
       'experts choose'
     )
+  size = num_tokens // chunks
+  of = [rows.part(index, chunks) for index in range(chunks)] if chunks > 1 else [rows]
+  trips = [one(x_td[i * size : (i + 1) * size], part) for i, part in enumerate(of)]
   parts = []
-  for index in range(chunks):
-    size = num_tokens // chunks
-    of = rows.part(index, chunks) if chunks > 1 else rows
-    y_rd, lost_r = one(x_td[index * size : (index + 1) * size], of)
-    arrived_r = (of.expert < of.num_experts) & ~lost_r
-    parts.append((add_up(y_rd, of, arrived_r, size).astype(y_rd.dtype), lost_r))
+  for part, (y_rd, lost_r) in zip(of, _interleaved(trips), strict=True):
+    arrived_r = (part.expert < part.num_experts) & ~lost_r
+    parts.append((add_up(y_rd, part, arrived_r, size).astype(y_rd.dtype), lost_r))
   return jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if chunks > 1 else parts[0]
+
+
+def _interleaved(trips: list[Trip]) -> list[tuple[Array, Array]]:
+  """What comes back of each. While one is worked on, the next one is sent and the one before comes back: both can start
+  when the work starts, and have arrived when it ends. Without barriers the compiler loads a chunk when the work on the
+  one before is done."""
+  arrived = trips[0].send(*trips[0].load)
+  found: list[tuple[Array, Array]] = []
+  for trip, coming in itertools.zip_longest(trips, trips[1:]):
+    arriving = None
+    if coming is not None:
+      arrived, load = together((arrived, coming.load))
+      arriving = coming.send(*load)
+    done = trip.work(*arrived)
+    if len(trips) > 1:
+      done, arriving, found[-1:] = together((done, arriving, found[-1:]))
+    found.append(trip.back(*done))
+    arrived = arriving
+  return found
+
+
+@jax.custom_vjp
+def together(values: Any) -> Any:
+  """The same arrays, none of which is used before all are made; nor are their gradients.
+
+  Only those that vary along the same mesh axes wait for each other: a barrier makes all of its arrays vary along all.
+  """
+  return _tied(values)
+
+
+def _tied(values: Any) -> Any:
+  leaves, structure = jax.tree.flatten(values)
+  alike: dict[frozenset[str], list[int]] = {}
+  for index, leaf in enumerate(leaves):
+    if leaf.dtype != jax.dtypes.float0:  # the gradient of integers
+      alike.setdefault(varying_axes(leaf), []).append(index)
+  for group in alike.values():
+    tied = jax.lax.optimization_barrier([leaves[index] for index in group])
+    for index, leaf in zip(group, tied, strict=True):
+      leaves[index] = leaf
+  return jax.tree.unflatten(structure, leaves)
+
+
+together.defvjp(lambda values: (_tied(values), None), lambda _, gradients: (_tied(gradients),))

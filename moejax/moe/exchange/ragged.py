@@ -12,7 +12,7 @@ from jaxtyping import Array
 from moejax.arrays import Assignment
 from moejax.moe.dispatch import Dispatch
 from moejax.moe.exchange.all_to_all import check_options
-from moejax.moe.exchange.hop import Inside, Line, in_chunks, places, spread
+from moejax.moe.exchange.hop import Inside, Line, Trip, in_chunks, places, spread
 from moejax.moe.exchange.layout import Layout, exchange_rows, exchange_slots
 from moejax.moe.exchange.rows import Rows, take
 from moejax.moe.experts import Experts
@@ -64,14 +64,8 @@ def _longest(rows: Rows, num_tokens: int) -> int:
   return min(rows.token.size, num_tokens * rows.num_experts)
 
 
-def ragged_hop(
-  x_td: Array, rows: Rows, line: Line, buffer: int, inside: Inside
-) -> tuple[Array, Array]:
-  """As `hop`, with one buffer for the rows of all senders, which fill it in the order of the devices.
-
-  Returns:
-    `y_rd`, zero for rows that were lost or have no expert, and `lost_r`.
-  """
+def ragged_hop(x_td: Array, rows: Rows, line: Line, buffer: int, inside: Inside) -> Trip:
+  """As `hop`, with one buffer for the rows of all senders, which fill it in the order of the devices."""
   num_rows = rows.expert.size
   length = _longest(rows, x_td.shape[0])
   owner_r = jnp.minimum(rows.expert // line.each, line.size)
@@ -85,17 +79,20 @@ def ragged_hop(
   expert_u = jnp.where(
     row_u < num_rows, rows.expert.at[row_u].get(mode='clip') % line.each, line.each
   )
-  x_ud = spread(x_td, rows, row_u, place_r)
-  x_ud = travel(x_ud, buffer, there, back, line.axis)
-  # counted from 1, so that places that nothing arrives at are none of the experts
-  expert_u = _ragged(expert_u + 1, buffer, there, line.axis)
-  expert_u = jnp.where(expert_u > 0, expert_u - 1, line.each)
-  y_ud, lost_u = inside(x_ud, expert_u)
-  if lost_u is not None:
-    raise ValueError('a ragged exchange is the last of several')
-  y_rd = take(travel(y_ud, length, back, there, line.axis), place_r, row_u)
-  lost_r = wanted_r & (rank_r >= fits_z.at[owner_r].get(mode='clip'))
-  return y_rd, lost_r
+
+  def send(x_ud, expert_u):
+    x_ud = travel(x_ud, buffer, there, back, line.axis)
+    # counted from 1, so that places that nothing arrives at are none of the experts
+    expert_u = _ragged(expert_u + 1, buffer, there, line.axis)
+    return x_ud, jnp.where(expert_u > 0, expert_u - 1, line.each)
+
+  def come_back(y_ud, lost_u):
+    if lost_u is not None:
+      raise ValueError('a ragged exchange is the last of several')
+    y_rd = take(travel(y_ud, length, back, there, line.axis), place_r, row_u)
+    return y_rd, wanted_r & (rank_r >= fits_z.at[owner_r].get(mode='clip'))
+
+  return Trip((spread(x_td, rows, row_u, place_r), expert_u), send, inside, come_back)
 
 
 class Route(NamedTuple):
