@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     return 0
   print(f'\n{report.ranked(plans[: own["top"]])}\n{len(plans)} layouts fit; a step takes')
   print('the longer of matmul and memory, and the network; at least the longest of the three.')
-  print(f'\nThe best, to paste:\n{report.to_paste(best.layout)}')
+  print(f'\nThe best, to paste:\n{report.to_paste(work, best.layout)}')
   for note in report.notes(work, best.layout):
     print(f'\n{note}')
   print(f'\n{report.memory_lines(best)}\n\n{report.traffic_lines(work, best)}')

@@ -102,12 +102,13 @@ def _case(
   changes: Mapping[str, Any] | None = None,
   *,
   held_out: bool = False,
+  **options: Any,
 ) -> Case:
-  layout = Layout(dict(zip(AXES, mesh, strict=True)), exchange, microbatches)
+  layout = Layout(dict(zip(AXES, mesh, strict=True)), exchange, microbatches, options)
   return Case(config, topology, layout, changes or {}, held_out)
 
 
-_OLMOE, _QWEN, _SLICE = 'olmoe_1b_7b', 'qwen3_235b', 'v5p:2x2x4'
+_OLMOE, _QWEN, _SLICE, _CUBE = 'olmoe_1b_7b', 'qwen3_235b', 'v5p:2x2x4', 'v5p:2x2x2'
 CASES: dict[str, Case] = {
   'kimi': _case('kimi_1t', 'v5p:16x16x16', (1, 128, 32, 1), 'all_to_all', 1),
   'mixtral': _case('mixtral_8x7b', 'v5p:4x4x4', (1, 64, 1, 1), 'local', 2),
@@ -128,6 +129,19 @@ CASES: dict[str, Case] = {
   'swap': _case(_OLMOE, _SLICE, (2, 2, 4, 1), 'all_to_all', 2, NARROW, held_out=True),
   'ragged': _case(_OLMOE, _SLICE, (1, 4, 4, 1), 'ragged_all_to_all', 4, NARROW, held_out=True),
   'tensor_swap': _case(_QWEN, _SLICE, (1, 4, 2, 2), 'all_to_all', 1, NARROW, held_out=True),
+  'bilevel': _case(_OLMOE, _SLICE, (1, 2, 8, 1), 'bilevel', 2, NARROW, held_out=True, nodes=2),
+  'fallback': _case(_OLMOE, _CUBE, (1, 2, 4, 1), 'ragged_fallback', 2, NARROW),
+  'sparse': _case(
+    _OLMOE,
+    _CUBE,
+    (1, 2, 4, 1),
+    'sparse_fsdp',
+    2,
+    NARROW,
+    held_out=True,
+    hot=2,
+    capacity_factor=1.25,
+  ),
   'tensor_more': _case(_QWEN, 'v5e:4x4', (1, 8, 1, 2), 'local', 2, NARROW),
 }
 """Short name -> what is compiled."""

@@ -194,11 +194,13 @@ class Level:
     name: 'ici', 'nvlink' or 'network'.
     size: devices along the axis at this level.
     rate: bytes/s one way that a device has for a ring at this level.
+    stride: links of the axis's own ring from one of them to the next.
   """
 
   name: str
   size: int
   rate: float
+  stride: int = 1
 
 
 def levels(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[Level, ...]]:

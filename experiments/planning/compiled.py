@@ -26,8 +26,8 @@ from experiments.kernels import check_devices, refusal
 from experiments.make_model import model_maker
 from experiments.optim import make_optimizer
 from experiments.planning.chips import Topology
+from experiments.planning.exchanges import options_of
 from experiments.planning.memory import memory
-from experiments.planning.rows import exchange_options
 from experiments.planning.tensors import data_shape
 from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, Workload
@@ -128,7 +128,7 @@ def described_devices(topology: Topology) -> list[Any]:
 def laid_out(settings: Settings, layout: Layout) -> Settings:
   """The settings with the layout's mesh, exchange and microbatches; options stay with the exchange they are of."""
   exchange: Any = layout.exchange
-  options = exchange_options(settings, layout)
+  options = options_of(settings, layout)
   moe = dataclasses.replace(settings.model.moe, exchange=exchange, exchange_options=options)
   return dataclasses.replace(
     settings,
@@ -190,7 +190,7 @@ def compare(work: Workload, layout: Layout, found: Compiled) -> list[Comparison]
   ]
   axes: dict[Key, set[str]] = {}
   for move in moves(work, layout):
-    axes.setdefault((_sums(move.kind), move.size), set()).add('+'.join(move.axes))
+    axes.setdefault((_sums(move.kind), move.size), set()).add(move.over)
   predicted, compiled = _with_sums(expected_by_size(work, layout)), _with_sums(found.sent)
   for size in {size for kind, size in predicted if kind == GATHERS}:
     if (GATHERS, size) not in compiled:
@@ -239,9 +239,11 @@ def expected_by_size(work: Workload, layout: Layout) -> dict[Key, float]:
 
 
 def sent_by_size(program: Any, num_devices: int) -> dict[Key, float]:
-  """(kind, devices that work together) -> bytes that one device sends."""
+  """(kind, devices that work together) -> bytes that one device sends in every step, not in branches alone."""
   found: dict[Key, float] = {}
   for one in collectives(program, num_devices):
+    if one.conditional:
+      continue
     key = (one.kind, max(map(len, one.groups)))
     found[key] = found.get(key, 0.0) + one.sent
   return found

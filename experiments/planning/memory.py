@@ -6,7 +6,10 @@ above: no program compiled for TPUs lived with more (experiments/results/plans h
 
 from __future__ import annotations
 
-from experiments.planning.rows import room
+import dataclasses
+
+from experiments.planning.exchanges import Rows, hops, worked_on
+from experiments.planning.rows import copies
 from experiments.planning.workload import Layout, Workload
 from experiments.settings import OptimSettings
 
@@ -80,7 +83,9 @@ def layer(work: Workload, layout: Layout) -> float:
       others = tuple(axis for axis in layout.sizes if axis != 'fsdp')
       each = elements / count / tensor.shards(layout.sizes, others)
       gathered += each * 2 * work.width  # with its gradient
-  return gathered + max(attention(work, layout), experts(work, layout))
+  gathered += copies(work, layout) / mixtures * 2 * work.width
+  mixture = max(experts(work, layout), fallback(work, layout))
+  return gathered + max(attention(work, layout), mixture)
 
 
 def attention(work: Workload, layout: Layout) -> float:
@@ -93,21 +98,33 @@ def attention(work: Workload, layout: Layout) -> float:
 
 
 def experts(work: Workload, layout: Layout) -> float:
-  """Rows of the experts in the backward pass; as padded blocks also a copy of the weights for each block."""
-  model = work.settings.model
-  if not model.moe_layers:
+  """Rows of the experts in the backward pass, and of devices that they pass on their way."""
+  if not work.settings.model.moe_layers:
     return 0.0
+  row = work.settings.model.d_model * work.width / layout.tensor
+  onward = sum(hop.places for hop in hops(work, layout)[:-1]) * 2 * row
+  return onward + sum(_bank(work, layout, rows) for rows in worked_on(work, layout))
+
+
+def fallback(work: Workload, layout: Layout) -> float:
+  """What the second way of rows takes: the program has it, whether a step goes it or not."""
+  if layout.exchange != 'ragged_fallback':
+    return 0.0
+  return experts(work, dataclasses.replace(layout, exchange='all_gather', options={}))
+
+
+def _bank(work: Workload, layout: Layout, rows: Rows) -> float:
+  """Rows of one set of experts in the backward pass; as padded blocks also a copy of the weights for each block."""
+  model = work.settings.model
   d_ff = model.moe.d_ff // model.moe.granularity / layout.tensor
   arrays = 3 if model.gated else 2
   per_row: float = model.d_model * (2 * work.width + 4) + d_ff * (arrays * 4 + arrays * work.width)
-  rows = room(work, layout)
   if not work.blocks:
-    return rows * per_row
-  own = model.moe.num_experts * model.moe.granularity / layout.expert
+    return rows.places * per_row
   width = 8
-  while width * 4 * own <= rows:
+  while width * 4 * rows.experts <= rows.places:
     width *= 2
-  blocks = rows // width + own
+  blocks = rows.places // width + rows.experts
   weights = arrays * model.d_model * d_ff
   # copies of all three weights, and the gradient of one at a time
   return blocks * (width * per_row + weights * (work.width + 4 / arrays))

@@ -20,6 +20,8 @@ class Move:
     size: how many devices these are.
     what: 'experts', 'dense', 'head', 'embedding', 'router', 'tokens', 'choices', 'activations', 'logits'.
     whole: bytes of the gathered, reduced or (to all) held array, of all runs.
+    part: 'inner' or 'outer' of the axes where not all of their devices work together: so many that are next to each
+      other, or one of each of so many groups of these.
   """
 
   kind: str
@@ -27,6 +29,13 @@ class Move:
   size: int
   what: str
   whole: float
+  part: str = ''
+
+  @property
+  def over(self) -> str:
+    """The axes, in words."""
+    within = {'inner': ' inside of nodes', 'outer': ' between nodes'}.get(self.part, '')
+    return '+'.join(self.axes) + within
 
   @property
   def sent(self) -> float:

@@ -67,7 +67,7 @@ def render(
   body = [
     f'<header><h1>{title}</h1>' + ''.join(f'<p>{html.escape(line)}</p>' for line in lines),
     f'{_tiles(best, topology, len(plans))}</header><main>',
-    f'<h2>The best layout, to paste</h2><pre>{html.escape(report.to_paste(best.layout))}</pre>',
+    f'<h2>The best layout, to paste</h2><pre>{html.escape(report.to_paste(work, best.layout))}</pre>',
     ''.join(f'<p>{html.escape(note)}</p>' for note in said),
     f'<h2>Memory of a device</h2>{_memory(best, topology)}',
     f'<h2>Time of a step</h2>{_times(plans[:SHOWN])}',

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from experiments.planning.chips import Topology
 from experiments.planning.compiled import Comparison, Compiled
+from experiments.planning.exchanges import hops, hot, sizes_of
 from experiments.planning.memory import GROUPS
 from experiments.planning.moves import by_kind
-from experiments.planning.rows import room
 from experiments.planning.search import Plan, describe
 from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, Workload
+from moejax.moe.exchange import exchange_options
 
 GIB = 2**30
 
@@ -65,30 +66,58 @@ def ranked(plans: Sequence[Plan]) -> str:
   return table(rows)
 
 
-def to_paste(layout: Layout) -> str:
+def to_paste(work: Workload, layout: Layout) -> str:
   """The layout as overrides of a config."""
   lines = [f'--config.mesh.{axis}={size}' for axis, size in layout.sizes.items()]
-  lines += [
-    f'--config.model.moe.exchange={layout.exchange}',
-    f'--config.microbatches={layout.microbatches}',
-  ]
+  lines.append(f'--config.model.moe.exchange={layout.exchange}')
+  if layout.expert > 1:
+    options = sizes_of(work.settings, layout)
+    lines += [f'--config.model.moe.exchange_options.{key}={options[key]}' for key in options]
+  lines.append(f'--config.microbatches={layout.microbatches}')
   return ' \\\n'.join(lines)
 
 
 def notes(work: Workload, layout: Layout) -> list[str]:
   """What the figures of this layout suppose, a sentence each."""
-  said = []
-  if layout.exchange == 'all_to_all':
-    factor = room(work, layout) / (work.tokens(layout) * work.choices)
-    said.append(
-      f'all_to_all has places for {factor:g} times the mean load (model.moe.exchange_options); rows beyond are lost, '
-      'and counted.'
-    )
+  said = list(_of_exchange(work, layout)) if layout.expert > 1 else []
   if layout.tensor > 1 and work.settings.model.attention == 'latent':
     said.append(
       'Of latent attention over the axis tensor one small step was compiled: its traffic is a guess.'
     )
+  moe = work.settings.model.moe
+  left = sorted({*moe.exchange_options}.difference(exchange_options(layout.exchange)))
+  if left:
+    said.append(
+      f'{layout.exchange} does not take model.moe.exchange_options of the config: {", ".join(left)} must go.'
+    )
   return said
+
+
+def _of_exchange(work: Workload, layout: Layout) -> Iterator[str]:
+  rows = work.tokens(layout) * work.choices
+  found, name = hops(work, layout), layout.exchange
+  if name in ('all_to_all', 'bilevel', 'sparse_fsdp'):
+    factors = ' and '.join(f'{hop.places / rows:g}' for hop in found)
+    yield (
+      f'{name} has places for {factors} times the mean load (model.moe.exchange_options); rows beyond are lost, and '
+      'counted.'
+    )
+  if name == 'bilevel':
+    outer, inner = (hop.size for hop in found)
+    yield (
+      f'A device sends {outer - 1} messages between {outer} nodes and {inner - 1} inside of its own, where all_to_all '
+      f'has {layout.expert - 1}; times are of bytes alone, of which two hops send more.'
+    )
+  if name == 'sparse_fsdp':
+    yield (
+      f'Rows of the {hot(work, layout)} hottest experts stay where they are, which shapes do not tell: all rows have '
+      'places in both ways.'
+    )
+  if name == 'ragged_fallback':
+    yield (
+      f'Rows are taken to find place: a device has room for {found[0].places / rows:g} times the mean load. In a step '
+      'with more all tokens are gathered beside, whose buffers count here, and whose time and bytes do not.'
+    )
 
 
 def memory_lines(plan: Plan) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from experiments.planning.chips import Level, Topology, levels
+from experiments.planning.exchanges import room
 from experiments.planning.memory import experts as expert_bytes
 from experiments.planning.memory import moments
 from experiments.planning.moves import Move, runs
-from experiments.planning.rows import room
 from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, Workload
 
@@ -93,6 +93,8 @@ def seconds(move: Move, of_axis: Mapping[str, tuple[Level, ...]]) -> float:
   left = move.whole * (2 if move.kind == 'all-reduce' else 1)
   found = 0.0
   steps = [level for axis in reversed(move.axes) for level in of_axis.get(axis, ())]
+  if move.part:
+    steps = part_of(steps, move)
   if move.kind.endswith('all-to-all'):
     size = math.prod(level.size for level in steps)
     inner = 1
@@ -106,6 +108,22 @@ def seconds(move: Move, of_axis: Mapping[str, tuple[Level, ...]]) -> float:
   return found
 
 
+def part_of(steps: Sequence[Level], move: Move) -> list[Level]:
+  """The levels that a part of an axis lies over: the first ones, or what these leave."""
+  inner = (
+    math.prod(level.size for level in steps) // move.size if move.part == 'outer' else move.size
+  )
+  found = []
+  for level in steps:
+    near = math.gcd(level.size, inner)
+    inner //= near
+    size = near if move.part == 'inner' else level.size // near
+    stride = 1 if move.part == 'inner' else near
+    if size > 1:
+      found.append(dataclasses.replace(level, size=size, stride=stride))
+  return found
+
+
 def _hops(level: Level) -> float:
   """On a ring of n devices that sends both ways a message to everyone passes n / 4 links on average."""
-  return max(1.0, level.size / 4) if level.name == 'ici' else 1.0
+  return max(1.0, level.size * level.stride / 4) if level.name == 'ici' else 1.0

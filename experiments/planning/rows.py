@@ -6,38 +6,11 @@ Counts are those of steps compiled for TPUs (experiments/results/plans); `layers
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
+from experiments.planning.exchanges import hops, hot, worked_on
 from experiments.planning.moves import Move, along, over_fsdp_alone, runs
 from experiments.planning.workload import Layout, Workload
-from experiments.settings import Settings
-from moejax.moe.exchange import AllToAll, RaggedAllToAll
 from moejax.scaling.ours import latent_of
-
-LANES = 128
-"""A ragged exchange on a TPU sends an integer as a row of so many."""
-
-
-def room(work: Workload, layout: Layout) -> float:
-  """Rows that a device has room for, of one microbatch: shapes know no loads.
-
-  All that its group has where tokens are gathered; of the other exchanges what their factors allow, 0 for everything.
-  """
-  rows: float = work.tokens(layout) * work.choices
-  if layout.exchange == 'local':
-    return rows
-  options = exchange_options(work.settings, layout)
-  factor = {
-    'all_to_all': options.get('capacity_factor', AllToAll.capacity_factor),
-    'ragged_all_to_all': options.get('buffer_factor', RaggedAllToAll.buffer_factor),
-  }.get(layout.exchange, 0)
-  return rows * min(factor or layout.expert, layout.expert)
-
-
-def exchange_options(settings: Settings, layout: Layout) -> dict[str, Any]:
-  """Those of the settings where these name the layout's exchange, else none: its defaults."""
-  moe = settings.model.moe
-  return moe.exchange_options if moe.exchange == layout.exchange else {}
 
 
 def exchange(work: Workload, layout: Layout) -> Iterator[Move]:
@@ -58,13 +31,21 @@ def exchange(work: Workload, layout: Layout) -> Iterator[Move]:
     yield Move('all-gather', expert, size, 'choices', times * forward * 2 * rows)
     yield Move('reduce-scatter', expert, size, 'choices', times * rows)
     return
-  ragged = layout.exchange == 'ragged_all_to_all'
-  kind = 'ragged-all-to-all' if ragged else 'all-to-all'
-  rows = work.tokens(layout) * work.choices if ragged else room(work, layout)
-  # outputs come back one by one, and the gradients of their weights need them again
-  yield Move(kind, expert, size, 'tokens', times * 2 * (forward + 1) * rows * width)
-  number = LANES * 4 if ragged else 4
-  yield Move(kind, expert, size, 'choices', times * forward * rows * number)
+  for hop in hops(work, layout):
+    # outputs come back one by one, and the gradients of their weights need them again
+    tokens, numbers = 2 * (forward + 1) * hop.sent * width, forward * hop.sent * hop.number
+    yield Move(hop.kind, expert, hop.size, 'tokens', times * tokens, hop.part)
+    yield Move(hop.kind, expert, hop.size, 'choices', times * numbers, hop.part)
+  copied = layout.microbatches * copies(work, layout) * work.width
+  yield Move('all-gather', expert, size, 'experts', (layers + 1) * copied)
+  yield Move('reduce-scatter', expert, size, 'experts', copied)
+
+
+def copies(work: Workload, layout: Layout) -> float:
+  """Numbers of the experts of all layers that every device has copies of, its own among them."""
+  moe = work.settings.model.moe
+  whole = sum(elements for tensor, elements in work.classes if tensor.group == 'experts')
+  return whole / layout.tensor * hot(work, layout) / (moe.num_experts * moe.granularity)
 
 
 def tensor_parallel(work: Workload, layout: Layout) -> Iterator[Move]:
@@ -84,13 +65,15 @@ def tensor_parallel(work: Workload, layout: Layout) -> Iterator[Move]:
   if not mixtures:
     return
   row = layout.microbatches * model.d_model * work.width
-  gathered = layout.exchange in ('local', 'all_gather')
-  held = work.tokens(layout) * layout.expert if gathered else room(work, layout)
-  back = (layers if gathered else forward) + 1
-  # tokens that stay are gathered once for shared experts too
-  shared = int(model.moe.num_shared > 0 and layout.exchange == 'local')
-  yield Move('all-gather', axes, size, 'tokens', mixtures * (forward + 1 - shared) * held * row)
-  yield Move('reduce-scatter', axes, size, 'tokens', mixtures * back * held * row)
+  for rows in worked_on(work, layout):
+    # rows that arrive one by one, or tokens, which are added up there
+    tokens = layout.exchange in ('local', 'all_gather') or rows.copies
+    held = rows.places / work.choices if tokens else rows.places
+    back = (layers if tokens else forward) + 1
+    # tokens that stay are gathered once for shared experts too
+    shared = int(model.moe.num_shared > 0 and (layout.exchange == 'local' or rows.copies))
+    yield Move('all-gather', axes, size, 'tokens', mixtures * (forward + 1 - shared) * held * row)
+    yield Move('reduce-scatter', axes, size, 'tokens', mixtures * back * held * row)
   scores = layout.microbatches * work.tokens(layout) * model.moe.num_experts * 4
   yield Move('all-reduce', axes, size, 'router', mixtures * forward * scores)
 

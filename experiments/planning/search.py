@@ -6,18 +6,19 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-import jax
-
 from experiments.errors import BadInput
 from experiments.make_model import exchange_name
 from experiments.mixtures import router_facts
-from experiments.planning.chips import Topology
+from experiments.planning.chips import Topology, levels
+from experiments.planning.exchanges import check_options, options_of
 from experiments.planning.memory import GROUPS, Memory, memory
 from experiments.planning.roofline import Times, times
 from experiments.planning.workload import EXCHANGES, Layout, Workload
 from experiments.settings import Settings
-from moejax.mesh.make import AXES, BATCH_AXES, make_mesh
-from moejax.moe.exchange import make_exchange
+from moejax.mesh.make import AXES, BATCH_AXES
+
+_NAMED = ('sparse_fsdp',)
+"""Exchanges that are planned for where the config names them alone: what they lose depends on loads and options."""
 
 USABLE = 0.95
 """Of a device's memory: the rest is the runtime's, and fragments."""
@@ -96,7 +97,7 @@ def own_layout(settings: Settings, devices: int) -> Layout:
   """The layout that the config itself names.
 
   Raises:
-    BadInput: axes that do not make the number of devices, or an exchange (or option of it) that is not known.
+    BadInput: axes that do not make the number of devices, or an option that the exchange does not take.
   """
   given = dict(vars(settings.mesh))
   product = math.prod(size for size in given.values() if size != -1)
@@ -104,17 +105,13 @@ def own_layout(settings: Settings, devices: int) -> Layout:
   if math.prod(sizes.values()) != devices:
     axes = ' '.join(f'{axis}={size}' for axis, size in given.items())
     raise BadInput(f'mesh {axes} does not fit {devices} devices')
-  name = exchange_name(settings, sizes['expert'])
-  if name not in EXCHANGES:
-    raise BadInput(
-      f'model.moe.exchange={name} is not planned for: accepted are {", ".join(EXCHANGES)}'
-    )
-  alone = make_mesh(devices=jax.devices()[:1])
+  name = exchange_name(settings, sizes['expert']) if settings.model.moe_layers else 'local'
+  layout = Layout({axis: sizes[axis] for axis in AXES}, name, settings.microbatches)
   try:
-    make_exchange(name, alone, BATCH_AXES, settings.model.moe.exchange_options)
+    check_options(settings, layout)
   except ValueError as error:
     raise BadInput(f'model.moe: {error}') from error
-  return Layout({axis: sizes[axis] for axis in AXES}, name, settings.microbatches)
+  return layout
 
 
 def _too_small(which: str, layout: Layout, found: Memory, topology: Topology) -> str:
@@ -129,15 +126,14 @@ def _too_small(which: str, layout: Layout, found: Memory, topology: Topology) ->
 def describe(layout: Layout) -> str:
   """'fsdp=16 expert=4, all_gather, microbatches=4'."""
   axes = ' '.join(f'{axis}={size}' for axis, size in layout.sizes.items() if size > 1)
-  return f'{axes or "data=1"}, {layout.exchange}, microbatches={layout.microbatches}'
+  options = ''.join(f' {name}={value}' for name, value in layout.options.items())
+  return f'{axes or "data=1"}, {layout.exchange}{options}, microbatches={layout.microbatches}'
 
 
 def _by_mesh(work: Workload, topology: Topology) -> Iterator[list[Layout]]:
   """For every mesh and exchange the layouts by number of microbatches, ascending."""
-  batch = work.settings.batch_size
-  stays = (
-    work.settings.model.moe_layers and router_facts(work.settings.model).flags.stays_in_sequence
-  )
+  batch, model = work.settings.batch_size, work.settings.model
+  stays = not model.moe_layers or router_facts(model).flags.stays_in_sequence
   for sizes in meshes(topology.devices):
     if not _divides(work, sizes):
       continue
@@ -146,12 +142,35 @@ def _by_mesh(work: Workload, topology: Topology) -> Iterator[list[Layout]]:
       continue
     most = batch // shards
     parts = [part for part in range(1, most + 1) if most % part == 0]
-    for exchange in EXCHANGES:
-      if exchange == 'local' and (sizes['expert'] > 1 or not stays):
+    if sizes['expert'] == 1:
+      found = [Layout(sizes, 'local', 1)] if stays else []
+    else:
+      found = list(_exchanges(work.settings, topology, sizes)) if model.moe_layers else []
+    for layout in found:
+      yield [dataclasses.replace(layout, microbatches=part) for part in parts]
+
+
+def _exchanges(settings: Settings, topology: Topology, sizes: dict[str, int]) -> Iterator[Layout]:
+  """A layout of one microbatch for every exchange between owners of experts that the search may choose on this mesh.
+
+  These compute the same function; one that loses rows by its own choice of experts is among them where the config names
+  it. Two levels are for an axis that lies over two levels of the machine, or where the config names them.
+  """
+  for name in EXCHANGES:
+    own = settings.model.moe.exchange == name
+    if name == 'local' or (name in _NAMED and not own):
+      continue
+    layout = Layout(sizes, name, 1)
+    if name == 'bilevel' and 'nodes' not in options_of(settings, layout):
+      steps = levels(topology, sizes)['expert']
+      if len(steps) < 2 and not own:
         continue
-      if exchange != 'local' and sizes['expert'] == 1:
-        continue
-      yield [Layout(sizes, exchange, part) for part in parts]
+      layout = dataclasses.replace(layout, options={'nodes': math.prod(s.size for s in steps[1:])})
+    try:
+      check_options(settings, layout)
+    except ValueError:
+      continue  # of another mesh; the config's own is refused with a sentence
+    yield layout
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:

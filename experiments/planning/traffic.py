@@ -48,6 +48,14 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
     over = {axis for axes in tensor.axes for axis in axes}
     others, size = along(layout, tuple(axis for axis in BATCH_AXES if axis not in over))
     what = tensor.group
+    if what == 'experts' and layout.exchange == 'local':
+      whole *= (
+        layout.expert
+      )  # and are gathered along the axis `expert` first, shards of `fsdp` alone
+      own, size_of_own = along(layout, ('expert',))
+      part = whole / sharded * work.width
+      yield Move('all-gather', own, size_of_own, what, parts * gathers[what] * part)
+      yield Move('reduce-scatter', own, size_of_own, what, parts * part)
     if what == 'embedding':
       yield from _embedding(work, layout, elements)
       continue

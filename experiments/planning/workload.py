@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.check_routing import check_routing
 from experiments.errors import BadInput
@@ -18,11 +19,9 @@ from moejax.scaling.ours import latent_of
 from pallas_kernels import registry
 
 EXCHANGES = tuple(
-  name
-  for name in typing.get_args(typing.get_type_hints(MoESettings)['exchange'])
-  if name in ('local', 'all_gather', 'all_to_all', 'ragged_all_to_all')
+  name for name in typing.get_args(typing.get_type_hints(MoESettings)['exchange']) if name != 'auto'
 )
-"""Exchanges that the settings take and the analytic model knows."""
+"""Exchanges that the settings take, all of which the analytic model knows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +32,13 @@ class Layout:
     sizes: mesh axis -> devices along it, in the order of the mesh.
     exchange: a name in `EXCHANGES`.
     microbatches: parts of the batch.
+    options: of the exchange, beside those of the config where it names the same.
   """
 
   sizes: Mapping[str, int]
   exchange: str
   microbatches: int
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def batch_shards(self) -> int:

@@ -116,36 +116,69 @@ def test_gpus_are_not_compiled_for():
     described_devices(parse_topology('h100:8x2'))
 
 
-@pytest.fixture(scope='module')
-def emulated():
+def compiled_here(exchange, fsdp, expert, **options):
   """A step compiled for eight devices of this machine: the exchange is the same, the rest of XLA's choices are not."""
   work = workload(settings(**{'model.num_layers': 2}), 'cpu')
-  layout = Layout({'data': 1, 'fsdp': 4, 'expert': 2}, 'all_gather', 1)
+  layout = Layout({'data': 1, 'fsdp': fsdp, 'expert': expert}, exchange, 1, options)
   run = module.laid_out(work.settings, layout)
-  mesh = make_mesh(1, 4, 2, devices=jax.devices())
+  mesh = make_mesh(1, fsdp, expert, devices=jax.devices())
   with jax.numpy_dtype_promotion('standard'):  # optax
     return work, layout, lower(run, mesh).compile()
 
 
-def test_on_emulated_devices_too_tokens_and_experts_travel_as_predicted(emulated):
-  """Float32 here: twice the bytes. The exchange is recognised by the operations that it was made from."""
-  work, layout, program = emulated
+@pytest.fixture(scope='module')
+def emulated():
+  return compiled_here('all_gather', 4, 2)
+
+
+def exchanged(work, layout, program):
+  """(kind, devices) -> bytes of the exchange, in the program and predicted.
+
+  Float32 here: twice the bytes. The exchange is recognised by the operations that it was made from.
+  """
   wide = dataclasses.replace(work, width=4)
   sent, predicted = {}, {}
   for one in collectives(program, 8):
     name = one.source.rpartition('/')[2]
-    if 'shard_map' in one.source and name in ('all_gather', 'reduce_scatter', 'psum_scatter'):
+    if 'shard_map' in one.source and name in (
+      'all_gather',
+      'reduce_scatter',
+      'psum_scatter',
+      'all_to_all',
+    ):
       key = (one.kind, max(map(len, one.groups)))
       sent[key] = sent.get(key, 0.0) + one.sent
   for move in moves(wide, layout):
     if move.what in ('tokens', 'choices', 'experts'):
       key = (move.kind, move.size)
       predicted[key] = predicted.get(key, 0.0) + move.sent
+  return sent, predicted
+
+
+def test_on_emulated_devices_too_tokens_and_experts_travel_as_predicted(emulated):
+  sent, predicted = exchanged(*emulated)
   assert (
     set(sent)
     == set(predicted)
     == {(k, n) for k in ('all-gather', 'reduce-scatter') for n in (2, 4)}
   )
+  for key, value in predicted.items():
+    assert sent[key] == pytest.approx(value, rel=0.01), key
+
+
+@pytest.mark.parametrize(
+  ('exchange', 'fsdp', 'expert', 'options'),
+  [
+    ('all_to_all', 2, 4, {}),
+    ('bilevel', 1, 8, {'nodes': 2, 'capacity_factor': 1.25}),
+    ('sparse_fsdp', 2, 4, {'hot': 2, 'capacity_factor': 1.25}),
+    ('local', 2, 4, {}),
+  ],
+)
+def test_every_exchange_sends_what_is_predicted(exchange, fsdp, expert, options):
+  """Hops between nodes and inside of them, copies of hot experts, experts that are all gathered."""
+  sent, predicted = exchanged(*compiled_here(exchange, fsdp, expert, **options))
+  assert set(sent) == set(predicted)
   for key, value in predicted.items():
     assert sent[key] == pytest.approx(value, rel=0.01), key
 

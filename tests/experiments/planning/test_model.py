@@ -9,14 +9,14 @@ from configs import common
 from configs.scale import kimi_1t, olmoe_1b_7b
 from experiments.errors import BadInput
 from experiments.planning.chips import CHIPS, Level, Topology, parse_topology
+from experiments.planning.exchanges import room
 from experiments.planning.memory import memory
 from experiments.planning.moves import Move, by_kind
 from experiments.planning.roofline import products, seconds, times
-from experiments.planning.rows import room
 from experiments.planning.search import meshes, own_layout, plan_of, search
 from experiments.planning.tensors import tensors
 from experiments.planning.traffic import moves
-from experiments.planning.workload import Layout, workload
+from experiments.planning.workload import EXCHANGES, Layout, workload
 from experiments.settings import Settings
 
 AXES = {'data': 1, 'fsdp': 1, 'expert': 1}
@@ -145,6 +145,8 @@ TOKENS = 16 * S // 8
       2 * TOKENS,
       512,
     ),  # what there is; a number fills 128 lanes
+    ('ragged_fallback', {}, 'ragged-all-to-all', 2 * TOKENS, 512),  # the same while all find place
+    ('ragged_all_to_all', {'buffer_factor': 0.5}, 'ragged-all-to-all', TOKENS, 512),
   ],
 )
 def test_rows_travel_in_the_room_that_their_exchange_has(exchange, options, kind, rows, number):
@@ -156,16 +158,69 @@ def test_rows_travel_in_the_room_that_their_exchange_has(exchange, options, kind
   assert (kind, ('expert',)) not in by_kind(moves(*other))
 
 
+def test_rows_of_two_levels_travel_between_nodes_and_then_inside_of_theirs():
+  """Twelve places of a node for 10 rows, and again for those that have arrived; a byte comes back: was there room?"""
+  options = {'nodes': 2, 'capacity_factor': 1.2}
+  work, layout = of(small(), fsdp=2, expert=4)
+  layout = dataclasses.replace(layout, exchange='bilevel', options=options)
+  outer, inner = (
+    {move.what: move for move in moves(work, layout) if move.part == part}
+    for part in ('outer', 'inner')
+  )
+  rows = 1.2 * 2 * TOKENS
+  for hop, number in ((outer, 5), (inner, 4)):
+    assert {(move.kind, move.axes, move.size) for move in hop.values()} == {
+      ('all-to-all', ('expert',), 2)
+    }
+    assert hop['tokens'].whole == pytest.approx(L * 6 * rows * D * 2)
+    assert hop['choices'].whole == pytest.approx(L * 2 * rows * number)
+  everything = dataclasses.replace(layout, options={'nodes': 2, 'capacity_factor': 0})
+  assert room(work, everything) == 4 * 2 * TOKENS
+
+
+def test_copies_of_hot_experts_are_gathered_and_their_gradients_scattered():
+  """Of two experts of each of four devices one: four of eight. Other rows have the room of all."""
+  options = {'hot': 1, 'capacity_factor': 1.0}
+  work, layout = of(small(), fsdp=2, expert=4)
+  layout = dataclasses.replace(layout, exchange='sparse_fsdp', options=options)
+  sent = by_kind(moves(work, layout))
+  assert sent['all-gather', ('expert',)] == 2 * 2 * EXPERTS / 2 * 3 / 4
+  assert sent['reduce-scatter', ('expert',)] == 2 * EXPERTS / 2 * 3 / 4
+  rows = 2 * TOKENS
+  assert sent['all-to-all', ('expert',)] == L * 3 / 4 * (6 * rows * D * 2 + 2 * rows * 4)
+  more = dataclasses.replace(layout, options={'hot': 2, 'capacity_factor': 1.0})
+  assert by_kind(moves(work, more))['all-gather', ('expert',)] == 2 * 2 * EXPERTS * 3 / 4
+  assert memory(work, more)['buffers'] > memory(work, layout)['buffers']
+
+
 def test_experts_have_work_and_memory_for_the_room_of_their_exchange():
   work, gather = of(small(), 'all_gather', fsdp=2, expert=4)
   rooms = {
     exchange: room(work, dataclasses.replace(gather, exchange=exchange)) / (2 * TOKENS)
-    for exchange in ('local', 'all_gather', 'all_to_all', 'ragged_all_to_all')
+    for exchange in EXCHANGES
   }
-  assert rooms == {'local': 1, 'all_gather': 4, 'all_to_all': 2, 'ragged_all_to_all': 4}
+  assert rooms == {
+    'local': 1,
+    'all_gather': 4,
+    'all_to_all': 2,
+    'bilevel': 2,
+    'ragged_all_to_all': 4,
+    'ragged_fallback': 1.5,
+    'sparse_fsdp': 2,
+  }
   swap = dataclasses.replace(gather, exchange='all_to_all')
   assert products(work, swap) < products(work, gather)
   assert memory(work, swap)['buffers'] < memory(work, gather)['buffers']
+
+
+def test_a_fallback_has_the_work_of_its_first_way_and_the_memory_of_its_second():
+  work, gather = of(small(), 'all_gather', fsdp=2, expert=4)
+  first = dataclasses.replace(gather, exchange='ragged_all_to_all', options={'buffer_factor': 1.5})
+  both = dataclasses.replace(gather, exchange='ragged_fallback')
+  assert products(work, both) == products(work, first) < products(work, gather)
+  assert moves(work, both) == moves(work, first)
+  assert memory(work, both) == memory(work, gather)
+  assert memory(work, both)['buffers'] > memory(work, first)['buffers']
 
 
 def test_what_travels_over_tensor_is_counted_by_hand():
@@ -225,6 +280,36 @@ def test_each_level_of_the_network_carries_what_the_inner_one_left():
   assert seconds(swap, of_axis) == pytest.approx(3200 * 7 / 32 / 100 + 3200 * 24 / 32 / 10)
 
 
+def test_a_part_of_an_axis_lies_over_a_part_of_the_levels():
+  """Two levels between four nodes of eight: what leaves a node is the same, and comes once more inside."""
+  of_axis = {'expert': (Level('nvlink', 8, 100.0), Level('network', 4, 10.0))}
+  outer = Move('all-to-all', ('expert',), 4, 'tokens', 3200.0, 'outer')
+  inner = Move('all-to-all', ('expert',), 8, 'tokens', 3200.0, 'inner')
+  assert seconds(outer, of_axis) == pytest.approx(3200 * 3 / 4 / 10)
+  assert seconds(inner, of_axis) == pytest.approx(3200 * 7 / 8 / 100)
+  # nodes that are not those of the machine: two of them in one, and half of the way leaves it
+  wide = dataclasses.replace(outer, size=8)
+  assert seconds(wide, of_axis) == pytest.approx(3200 * (1 / 8 / 100 + 2 * 3 / 8 / 10))
+  # on a ring of 32 the four are eight links from each other
+  ring = {'expert': (Level('ici', 32, 100.0),)}
+  assert seconds(outer, ring) == pytest.approx(3200 * 3 / 4 / 100 * 8)
+  assert seconds(inner, ring) == pytest.approx(3200 * 7 / 8 / 100 * 2)
+
+
+def test_two_levels_are_tried_where_the_machine_has_them_and_copies_where_the_config_names_them():
+  def tried(name, topology, options=None):
+    changes = {'model.moe.exchange': name, 'model.moe.exchange_options': options or {}}
+    plans = search(workload(small(**changes), 'gpu'), parse_topology(topology))
+    return {(p.layout.exchange, p.layout.options.get('nodes')) for p in plans}
+
+  others = {(name, None) for name in ('local', 'all_gather', 'all_to_all')}
+  others |= {(name, None) for name in ('ragged_all_to_all', 'ragged_fallback')}
+  assert tried('auto', 'h100:4x2') == others | {('bilevel', 2)}
+  assert tried('auto', 'v5p:2x2x2') == others
+  assert tried('sparse_fsdp', 'v5p:2x2x2', {'hot': 2}) == others | {('sparse_fsdp', None)}
+  assert tried('bilevel', 'v5p:2x2x2', {'nodes': 4}) == others | {('bilevel', None)}
+
+
 def test_meshes_are_all_ways_to_cut_the_devices():
   found = [
     (mesh['data'], mesh['fsdp'], mesh['expert'])
@@ -278,6 +363,14 @@ def test_the_configs_own_mesh_is_checked():
   )
   with pytest.raises(BadInput, match="exchange='all_to_all' has no option 'buffer_factor'"):
     own_layout(wrong, 1)
+  for name, options, message in (
+    ('bilevel', {'nodes': 3}, 'nodes=3 does not divide mesh axis expert=4'),
+    ('sparse_fsdp', {'hot': 3}, 'hot=3: accepted are 1 to 2, the experts of a device'),
+    ('sparse_fsdp', {'hot': 0}, 'hot=0: accepted are integers from 1'),
+  ):
+    changes = {'model.moe.exchange': name, 'model.moe.exchange_options': options}
+    with pytest.raises(BadInput, match=message):
+      own_layout(small(**{'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': 4, **changes}), 8)
   with pytest.raises(BadInput, match='mesh data=1 fsdp=2 expert=-1.* does not fit 7 devices'):
     own_layout(settings, 7)
   work, topology = workload(settings, 'tpu'), parse_topology('v5p:4x4x4')

@@ -40,6 +40,35 @@ def test_the_plan_ends_in_lines_to_paste_and_a_page(capsys, tmp_path):
   assert best.split('  ')[0] in again
 
 
+@pytest.mark.parametrize(
+  ('exchange', 'mesh', 'wanted'),
+  [
+    ('bilevel', ('fsdp=16', 'expert=8'), ('nodes=4', 'capacity_factor=1.5')),
+    ('sparse_fsdp', ('fsdp=32', 'expert=4'), ('hot=2', 'capacity_factor=1.0')),
+    ('ragged_fallback', ('fsdp=32', 'expert=4'), ('buffer_factor=1.5',)),
+  ],
+)
+def test_lines_to_paste_hold_the_options_of_the_exchange(capsys, tmp_path, exchange, mesh, wanted):
+  given = {
+    'bilevel': ('nodes=4', 'capacity_factor=1.5'),
+    'sparse_fsdp': ('hot=2',),
+    'ragged_fallback': (),
+  }[exchange]
+  moe = '--config.model.moe.exchange'
+  out = run(
+    capsys,
+    '--topology=h200:8x16',
+    f'--page={tmp_path / "plan.html"}',
+    '--layout=config',
+    '--config.mesh.data=1',
+    *(f'--config.mesh.{axis}' for axis in mesh),
+    f'{moe}={exchange}',
+    *(f'{moe}_options.{option}' for option in given),
+  )
+  lines = [line.rstrip(' \\') for line in out.splitlines() if line.startswith(moe)]
+  assert lines == [f'{moe}={exchange}', *(f'{moe}_options.{option}' for option in wanted)]
+
+
 def test_show_sharding_has_every_parameter_with_rule_and_bytes(capsys):
   out = run(capsys, '--topology=v5p:4x4x4', '--show-sharding')
   found = tensors(Settings.from_config(mixtral_8x7b.get_config()))
@@ -62,6 +91,27 @@ def test_a_layout_that_may_lose_rows_says_so():
   (note,) = notes(work, layout)
   assert note.startswith('all_to_all has places for 2 times the mean load')
   assert notes(work, dataclasses.replace(layout, exchange='ragged_all_to_all')) == []
+  (note,) = notes(work, dataclasses.replace(layout, exchange='ragged_fallback'))
+  assert 'room for 1.5 times the mean load' in note
+  places, copies = notes(work, dataclasses.replace(layout, exchange='sparse_fsdp'))
+  assert places.startswith('sparse_fsdp has places for 1 times')
+  assert copies.startswith('Rows of the 4 hottest experts')
+  two = dataclasses.replace(layout, exchange='bilevel', options={'nodes': 2})
+  places, messages = notes(work, two)
+  assert places.startswith('bilevel has places for 2 and 2 times')
+  assert messages.startswith('A device sends 1 messages between 2 nodes and 1 inside')
+
+
+def test_options_of_another_exchange_are_to_be_removed():
+  config = mixtral_8x7b.get_config()
+  config.model.moe.exchange, config.model.moe.exchange_options = (
+    'ragged_fallback',
+    {'buffer_factor': 2},
+  )
+  work = workload(Settings.from_config(config), 'tpu')
+  layout = Layout({'data': 1, 'fsdp': 16, 'expert': 4, 'tensor': 1}, 'all_gather', 4)
+  (note,) = notes(work, layout)
+  assert 'buffer_factor must go' in note
 
 
 @pytest.mark.parametrize(
