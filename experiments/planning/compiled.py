@@ -146,6 +146,10 @@ def lower(settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
     mesh,
     microbatches=settings.microbatches,
     losses=settings.model.moe.losses,
+    other_losses={
+      'attention': settings.model.heads.losses,
+      'depth': {'guidance': settings.model.depth.loss},
+    },
     bias_rate=settings.optim.bias_rate,
   )
   shape = (settings.batch_size, settings.data.sequence_length)

@@ -62,7 +62,8 @@ def check_options(settings: Settings, layout: Layout) -> None:
   found = sizes_of(settings, layout)
   if layout.exchange == 'bilevel' and (found['nodes'] < 1 or size % found['nodes']):
     raise ValueError(f'nodes={found["nodes"]} does not divide mesh axis expert={size}')
-  each = settings.model.moe.num_experts * settings.model.moe.granularity // size
+  model = settings.model
+  each = min(model.moe_experts, default=1) * model.moe.granularity // size  # of the narrowest layer
   if layout.exchange == 'sparse_fsdp' and found['hot'] > each:
     raise ValueError(f'hot={found["hot"]}: accepted are 1 to {each}, the experts of a device')
 
@@ -134,11 +135,11 @@ class Rows:
   copies: bool = False
 
 
-def worked_on(work: Workload, layout: Layout) -> list[Rows]:
-  """What the experts of a device have places for, of one microbatch."""
+def worked_on(work: Workload, layout: Layout, num_experts: int = 0) -> list[Rows]:
+  """What the experts of a device have places for, of one microbatch, in a layer of so many (0: the most there are)."""
   moe = work.settings.model.moe
   rows = work.tokens(layout) * work.choices
-  own = moe.num_experts * moe.granularity / layout.expert
+  own = (num_experts or moe.num_experts * moe.granularity) / layout.expert
   if layout.exchange == 'local' or layout.expert == 1:
     return [Rows(rows, own * layout.expert)]
   if layout.exchange == 'all_gather':

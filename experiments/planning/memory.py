@@ -55,10 +55,12 @@ def activations(work: Workload, layout: Layout) -> float:
   inputs = tokens * model.d_model * work.width / layout.tensor
   if model.remat == 'full':
     return model.num_layers * inputs
-  per_layer: float = inputs * 8 + tokens * model.num_heads * work.score_width * work.width
+  heads = tokens * model.num_heads * work.score_width * work.width
+  found: float = sum(work.shares) * (inputs * 8 + heads)
   if model.remat == 'none':
-    per_layer += attention(work, layout) / 2 + experts(work, layout) / 2
-  return model.num_layers * per_layer
+    found += sum(attention(work, layout, share) for share in work.shares) / 2
+    found += sum(experts(work, layout, *mixture) for mixture in work.mixtures) / 2
+  return found
 
 
 def buffers(work: Workload, layout: Layout) -> float:
@@ -74,57 +76,66 @@ def buffers(work: Workload, layout: Layout) -> float:
 
 def layer(work: Workload, layout: Layout) -> float:
   """The backward pass of the layer that needs most: its attention or its experts, and its gathered weights."""
-  layers = max(1, work.settings.model.num_layers)
-  mixtures = max(1, len(work.settings.model.moe_layers))
-  gathered = 0.0
+  mixtures = work.mixtures
+  largest = max((count for _, count in mixtures), default=0) / max(1, sum(c for _, c in mixtures))
+  gathered = copies(work, layout) / max(1, len(mixtures))
   for tensor, elements in work.classes:
-    count = mixtures if tensor.group == 'experts' else layers
+    part = largest if tensor.group == 'experts' else 1 / work.settings.model.num_layers
     if tensor.group in ('experts', 'dense') and tensor.trained:
       others = tuple(axis for axis in layout.sizes if axis != 'fsdp')
-      each = elements / count / tensor.shards(layout.sizes, others)
-      gathered += each * 2 * work.width  # with its gradient
-  gathered += copies(work, layout) / mixtures * 2 * work.width
-  mixture = max(experts(work, layout), fallback(work, layout))
-  return gathered + max(attention(work, layout), mixture)
+      gathered += elements * part / tensor.shards(layout.sizes, others)
+  phases = [attention(work, layout, share) for share in {*work.shares}]
+  for way in (experts, fallback):
+    phases += [way(work, layout, *mixture) for mixture in {*mixtures}]
+  return gathered * 2 * work.width + max(phases)  # with its gradient
 
 
-def attention(work: Workload, layout: Layout) -> float:
-  """Scores of all heads, their exponentials and the gradients of both; queries, keys and values."""
+def attention(work: Workload, layout: Layout, share: float = 1.0) -> float:
+  """Scores of all heads, their exponentials and the gradients of both; queries, keys and values; of these tokens."""
   model, length = work.settings.model, work.settings.data.sequence_length
-  tokens = work.tokens(layout)
-  scores = tokens * length * model.num_heads / layout.tensor
+  tokens = work.tokens(layout) * share
+  scores = tokens * length * share * model.num_heads / layout.tensor
   vectors = tokens * model.num_heads * work.score_width / layout.tensor
   return scores * (2 * 4 + work.width) + vectors * 3 * (4 + work.width)
 
 
-def experts(work: Workload, layout: Layout) -> float:
-  """Rows of the experts in the backward pass, and of devices that they pass on their way."""
-  if not work.settings.model.moe_layers:
+def experts(work: Workload, layout: Layout, share: float = 1.0, num_experts: int = 0) -> float:
+  """Rows of the experts in the backward pass, and of devices that they pass on their way.
+
+  Args:
+    work, layout: what is planned.
+    share: part of the tokens that the layer works on.
+    num_experts: of the layer; 0 for the most that one has.
+  """
+  if not work.mixtures:
     return 0.0
   row = work.settings.model.d_model * work.width / layout.tensor
-  onward = sum(hop.places for hop in hops(work, layout)[:-1]) * 2 * row
-  return onward + sum(_bank(work, layout, rows) for rows in worked_on(work, layout))
+  onward = sum(hop.places for hop in hops(work, layout)[:-1]) * 2 * row * share
+  found = worked_on(work, layout, num_experts)
+  return onward + sum(_bank(work, layout, rows, share) for rows in found)
 
 
-def fallback(work: Workload, layout: Layout) -> float:
+def fallback(work: Workload, layout: Layout, share: float = 1.0, num_experts: int = 0) -> float:
   """What the second way of rows takes: the program has it, whether a step goes it or not."""
   if layout.exchange != 'ragged_fallback':
     return 0.0
-  return experts(work, dataclasses.replace(layout, exchange='all_gather', options={}))
+  second = dataclasses.replace(layout, exchange='all_gather', options={})
+  return experts(work, second, share, num_experts)
 
 
-def _bank(work: Workload, layout: Layout, rows: Rows) -> float:
+def _bank(work: Workload, layout: Layout, rows: Rows, share: float) -> float:
   """Rows of one set of experts in the backward pass; as padded blocks also a copy of the weights for each block."""
   model = work.settings.model
   d_ff = model.moe.d_ff // model.moe.granularity / layout.tensor
   arrays = 3 if model.gated else 2
   per_row: float = model.d_model * (2 * work.width + 4) + d_ff * (arrays * 4 + arrays * work.width)
+  places = rows.places * share
   if not work.blocks:
-    return rows.places * per_row
+    return places * per_row
   width = 8
-  while width * 4 * rows.experts <= rows.places:
+  while width * 4 * rows.experts <= places:
     width *= 2
-  blocks = rows.places // width + rows.experts
+  blocks = places // width + rows.experts
   weights = arrays * model.d_model * d_ff
   # copies of all three weights, and the gradient of one at a time
   return blocks * (width * per_row + weights * (work.width + 4 / arrays))

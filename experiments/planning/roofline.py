@@ -79,13 +79,13 @@ def memory_bytes(work: Workload, layout: Layout) -> float:
       elements / tensor.shards(layout.sizes) * (3 + 2 * moments(work.settings.optim)) * 4
     )  # weights, moments: read and written; gradients: read
     weights += elements / tensor.shards(layout.sizes, others) * work.width * (forward + 2)
+  rows = sum(expert_bytes(work, layout, *mixture) for mixture in work.mixtures)
   # attention written out: scores and exponentials come and go, twice in the backward pass
-  scores = tokens * length * model.num_heads / layout.tensor * (8 + 2 * work.width) * (forward + 2)
-  residual = tokens * model.d_model * work.width * 12 * (forward + 2)
+  each = tokens * length * model.num_heads / layout.tensor * (8 + 2 * work.width)
+  scores = sum(share**2 for share in work.shares) * each
+  residual = sum(work.shares) * tokens * model.d_model * work.width * 12
   logits = tokens * work.vocab_size * 4 * 6
-  rows = expert_bytes(work, layout) * (forward + 2) / 2
-  layers, mixtures = model.num_layers, len(model.moe_layers)
-  return state + parts * (weights + layers * (scores + residual) + mixtures * rows + logits)
+  return state + parts * (weights + (scores + residual + rows / 2) * (forward + 2) + logits)
 
 
 def seconds(move: Move, of_axis: Mapping[str, tuple[Level, ...]]) -> float:

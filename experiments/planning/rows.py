@@ -19,7 +19,7 @@ def exchange(work: Workload, layout: Layout) -> Iterator[Move]:
     return
   model = work.settings.model
   layers, forward = runs(work, layout)
-  times = layout.microbatches * len(model.moe_layers)
+  times = layout.microbatches * work.mixed
   width = model.d_model * work.width / layout.tensor
   expert, size = along(layout, ('expert',))
   if layout.exchange == 'all_gather':
@@ -43,9 +43,9 @@ def exchange(work: Workload, layout: Layout) -> Iterator[Move]:
 
 def copies(work: Workload, layout: Layout) -> float:
   """Numbers of the experts of all layers that every device has copies of, its own among them."""
-  moe = work.settings.model.moe
   whole = sum(elements for tensor, elements in work.classes if tensor.group == 'experts')
-  return whole / layout.tensor * hot(work, layout) / (moe.num_experts * moe.granularity)
+  counts = [count for _, count in work.mixtures]
+  return whole / sum(counts) * hot(work, layout) * len(counts) / layout.tensor
 
 
 def tensor_parallel(work: Workload, layout: Layout) -> Iterator[Move]:
@@ -55,8 +55,8 @@ def tensor_parallel(work: Workload, layout: Layout) -> Iterator[Move]:
     return
   model = work.settings.model
   layers, forward = runs(work, layout)
-  mixtures = len(model.moe_layers)
-  dense = model.num_layers - mixtures + (mixtures if model.moe.num_shared else 0)
+  mixtures = work.mixed
+  dense = sum(work.shares) - mixtures + (mixtures if model.moe.num_shared else 0)
   token = layout.microbatches * work.tokens(layout) * model.d_model * work.width
   yield from _attention(work, layout)
   yield from _ends(work, layout)
@@ -74,8 +74,9 @@ def tensor_parallel(work: Workload, layout: Layout) -> Iterator[Move]:
     shared = int(model.moe.num_shared > 0 and (layout.exchange == 'local' or rows.copies))
     yield Move('all-gather', axes, size, 'tokens', mixtures * (forward + 1 - shared) * held * row)
     yield Move('reduce-scatter', axes, size, 'tokens', mixtures * back * held * row)
-  scores = layout.microbatches * work.tokens(layout) * model.moe.num_experts * 4
-  yield Move('all-reduce', axes, size, 'router', mixtures * forward * scores)
+  scores = sum(share * count for share, count in work.mixtures) * 4
+  whole = layout.microbatches * work.tokens(layout) * scores
+  yield Move('all-reduce', axes, size, 'router', forward * whole)
 
 
 def _attention(work: Workload, layout: Layout) -> Iterator[Move]:
@@ -83,7 +84,7 @@ def _attention(work: Workload, layout: Layout) -> Iterator[Move]:
   model, latent = work.settings.model, latent_of(work.settings.model)
   axes, size = along(layout, ('tensor',))
   _, forward = runs(work, layout)
-  each = layout.microbatches * model.num_layers * work.tokens(layout) * work.width
+  each = layout.microbatches * sum(work.shares) * work.tokens(layout) * work.width
   if latent is None:
     norm = model.qk_norm and model.qk_norm_scope == 'all'  # over heads of several devices
     gathers = forward + 3 + norm

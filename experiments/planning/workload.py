@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,6 +71,7 @@ class Workload:
     width: bytes of a number of the computation.
     score_width: H of queries and keys together with H of values.
     blocks: whether routed experts run as padded blocks, which work on rows that were dropped too.
+    shares: of each layer, the part of a sequence's tokens that it works on.
   """
 
   settings: Settings
@@ -82,6 +84,19 @@ class Workload:
   width: int
   score_width: int
   blocks: bool
+  shares: Sequence[float]
+
+  @property
+  def mixtures(self) -> list[tuple[float, int]]:
+    """(part of the tokens, number of experts) of each mixture."""
+    model = self.settings.model
+    counts = [count * model.moe.granularity for count in model.moe_experts]
+    return list(zip([self.shares[layer] for layer in model.moe_layers], counts, strict=True))
+
+  @property
+  def mixed(self) -> float:
+    """In how many mixtures a token is, on average."""
+    return sum(share for share, _ in self.mixtures)
 
   def tokens(self, layout: Layout) -> int:
     """Tokens of a microbatch that a device holds."""
@@ -118,12 +133,6 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
     raise BadInput(
       f"model.attention={model.attention!r} is not planned for: accepted are 'grouped' and 'latent'"
     )
-  if model.depth_layers:
-    raise BadInput(
-      f"model.depth.layers={model.depth.layers} is not planned for: accepted is 'none'"
-    )
-  if model.moe.pyramid:
-    raise BadInput(f"model.moe.pyramid={model.moe.pyramid} is not planned for: accepted is ''")
   stream = data_shape(settings)
   found = tensors(settings)
   latent = latent_of(model)
@@ -132,7 +141,9 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
   tokens = settings.batch_size * settings.data.sequence_length
   matrices = 3 if model.gated else 2
   d_ff = model.moe.d_ff // model.moe.granularity
-  expert_flops = 3 * tokens * len(model.moe_layers) * choices * matrices * 2 * model.d_model * d_ff
+  shares = shares_of(settings)
+  mixed = sum(shares[layer] for layer in model.moe_layers)
+  expert_flops = 3 * tokens * mixed * choices * matrices * 2 * model.d_model * d_ff
   return Workload(
     settings=settings,
     tensors=found,
@@ -144,4 +155,12 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
     width=4 if model.dtype == 'float32' else 2,
     score_width=model.head_dim + (latent.rotary_dim if latent else 0) + value,
     blocks=not kernels and registry.BY_PLATFORM.get(platform, registry.DEFAULT) == 'blocks',
+    shares=shares,
   )
+
+
+def shares_of(settings: Settings) -> tuple[float, ...]:
+  """Of each layer, the part of a sequence's tokens that go through it in training, rounded up to whole ones."""
+  model, length = settings.model, settings.data.sequence_length
+  through = math.ceil(model.depth.capacity * length - 1e-9) / length
+  return tuple(through if i in model.depth_layers else 1.0 for i in range(model.num_layers))
