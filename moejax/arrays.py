@@ -71,6 +71,7 @@ class Scores:
     nulls: the last so many experts do nothing and are all alike: their counts are averaged (AdaMoE).
     state: what the router leaves for the layer above, see `Context`; None of routers without a state.
     guidance: `[B, S]`, how far the router is from where it is told to send the token; None where nobody tells it.
+    partition: `[B, S]`, log-partition function of the logits, where it is known already.
     clusters: experts stand in so many consecutive groups of equal size (devices, nodes, clusters).
   """
 
@@ -81,6 +82,7 @@ class Scores:
   load: Array | None = None
   state: dict[str, Array] | None = None
   guidance: Array | None = None
+  partition: Array | None = None
   nulls: int = dataclasses.field(default=0, metadata=STATIC)
   clusters: int = dataclasses.field(default=1, metadata=STATIC)
 

@@ -18,6 +18,7 @@ from moejax.moe.stats import routing_stats
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.dense import assign_all
 from moejax.routers.router import Flags, as_batch
+from moejax.transformer.linear import product
 
 
 class GatedSum(nnx.Module):
@@ -56,9 +57,9 @@ class GatedSum(nnx.Module):
   def __call__(self, x_bsd: Float[Array, 'B S D_in'], context: Context):
     """Output `[B, S, D_out]` and the stats of the gate."""
     wide = lambda weight: weight[...].astype(wide_dtype(x_bsd.dtype))
-    h = x_bsd.astype(wide_dtype(x_bsd.dtype)) @ wide(self.gate_in)
+    h = product(x_bsd.astype(wide_dtype(x_bsd.dtype)), wide(self.gate_in))
     h = jax.nn.relu(h + wide(self.gate_in_offset)[None, None])
-    logits_bse = h @ wide(self.gate_out) + wide(self.gate_out_offset)[None, None]
+    logits_bse = product(h, wide(self.gate_out)) + wide(self.gate_out_offset)[None, None]
     scores = TokenAffinity('softmax', logits_bse.shape[-1])(logits_bse, None, None, context)
     each = jnp.einsum(
       'BSD,EDF->BSEF', x_bsd.astype(self.dtype), self.kernel[...].astype(self.dtype)

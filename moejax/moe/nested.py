@@ -18,6 +18,7 @@ from moejax.moe.metrics import routing_metrics
 from moejax.moe.stats import routing_stats
 from moejax.routers.router import Flags, as_batch, as_given
 from moejax.transformer.ffn import FFN
+from moejax.transformer.linear import product
 from pallas_kernels import hidden
 
 LOGITS, KNOWN = 'nested_logits', 'nested_known'
@@ -95,7 +96,7 @@ class NestedFFN(nnx.Module):
     x_bsd = jnp.where(real_bs[..., None], x_bsd, 0)
     state = {**self.initial_state(x_bsd), **(context.state or {})}
     wide = wide_dtype(x_bsd.dtype)
-    own_bse = x_bsd.astype(wide) @ self.gate_kernel[...].astype(wide)
+    own_bse = product(x_bsd.astype(wide), self.gate_kernel[...].astype(wide))
     own_bse = own_bse + self.gate_offset[...].astype(wide)[None, None]
     logits_bse = jnp.where(state[KNOWN], state[LOGITS], own_bse)
     probs_bse = jax.nn.softmax(logits_bse, -1)
@@ -122,9 +123,11 @@ class NestedFFN(nnx.Module):
       width, inner = d_model // cut, d_ff // cut
       own = sorted_bsd[:, first : first + count, :width]
       into = [layer for layer in (self.ffn.gate, self.ffn.up) if layer is not None]
-      pre = tuple(own @ layer.weight[...].astype(own.dtype)[:width, :inner] for layer in into)
+      pre = tuple(
+        product(own, layer.weight[...].astype(own.dtype)[:width, :inner]) for layer in into
+      )
       down = self.ffn.down.weight[...].astype(own.dtype)[:inner, :width]
-      y = hidden(self.ffn.activation, pre) @ down
+      y = product(hidden(self.ffn.activation, pre), down)
       parts.append(jnp.pad(y, ((0, 0), (0, 0), (0, d_model - width))))
       first += count
     back_bs = jnp.argsort(order_bs, axis=1)

@@ -21,7 +21,7 @@ from moejax.moe.metrics import routing_metrics
 from moejax.moe.neurons import neurons
 from moejax.moe.product_keys import retrieve
 from moejax.routers.router import Flags, as_batch
-from moejax.transformer.linear import LayerNorm, Linear
+from moejax.transformer.linear import LayerNorm, Linear, product
 from pallas_kernels import check_activation, hidden
 
 SCORES = {'relu': jax.nn.relu, 'sigmoid': jax.nn.sigmoid, 'softmax': jax.nn.softmax}
@@ -109,7 +109,7 @@ class Peer(nnx.Module):
     """Scores and numbers of the k best experts of every head, best first; float32 or wider."""
     wide = wide_dtype(x_bsd.dtype)
     weight = self.query.weight[...].astype(wide)
-    query = (x_bsd.astype(wide) @ weight).reshape(*x_bsd.shape[:2], self.heads, -1)
+    query = product(x_bsd.astype(wide), weight).reshape(*x_bsd.shape[:2], self.heads, -1)
     if self.query_norm is not None:
       query = self.query_norm(query).astype(wide)
     halves = jnp.split(query, 2, -1)

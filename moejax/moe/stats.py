@@ -29,7 +29,9 @@ def routing_stats(
   chosen_be = _average_nulls(chosen_be, scores.nulls)
   load_bse = scores.load
   tokens = mask_bs.sum(dtype=probs_bse.dtype)
-  partition_bs = jax.nn.logsumexp(scores.logits, -1)
+  partition_bs = scores.partition
+  if partition_bs is None:
+    partition_bs = jax.nn.logsumexp(scores.logits, -1)
   return RoutingStats(
     tokens=tokens,
     chosen_e=chosen_be.sum(0),

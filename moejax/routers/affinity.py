@@ -34,18 +34,46 @@ class TokenAffinity:
       )
       noisy_bse = logits_bse + std * noise
       load_bse = load_probability(logits_bse, noisy_bse, std, self.k)
-    gate_bse = _squash(self.function, noisy_bse)
-    probs_bse = _squash(self.function, logits_bse)
+    probs_bse, partition_bs = _squash(self.function, logits_bse)
+    gate_bse = probs_bse if std is None else _squash(self.function, noisy_bse)[0]
     if self.function == 'sigmoid':
       probs_bse = probs_bse / jnp.maximum(probs_bse.sum(-1, keepdims=True), 1e-20)
     select_bse = (
       noisy_bse if bias_e is None else gate_bse + bias_e.astype(gate_bse.dtype)[None, None]
     )
-    return Scores(logits_bse, select_bse, gate_bse, probs_bse, load_bse)
+    return Scores(logits_bse, select_bse, gate_bse, probs_bse, load_bse, partition=partition_bs)
 
 
-def _squash(function: str, logits_bse: Array) -> Array:
-  return jax.nn.softmax(logits_bse, -1) if function == 'softmax' else jax.nn.sigmoid(logits_bse)
+def _squash(function: str, logits_bse: Array) -> tuple[Array, Array | None]:
+  return softmax(logits_bse) if function == 'softmax' else (jax.nn.sigmoid(logits_bse), None)
+
+
+@jax.custom_vjp
+def softmax(
+  logits: Float[Array, '*batch E'],
+) -> tuple[Float[Array, '*batch E'], Float[Array, ' *batch']]:
+  """Softmax over the last axis and its log-partition function: one exponential an entry, none for the gradient.
+
+  The gradient of an entry is `p_e (dp_e - sum_j p_j dp_j + dz)`, made of the probabilities alone.
+  """
+  largest = logits.max(-1, keepdims=True)
+  parts = jnp.exp(logits - largest)
+  total = parts.sum(-1, keepdims=True)
+  return parts / total, (largest + jnp.log(total))[..., 0]
+
+
+def _softmax_forward(logits: Array):
+  probs, partition = softmax(logits)
+  return (probs, partition), probs
+
+
+def _softmax_backward(probs: Array, cotangents: tuple[Array, Array]) -> tuple[Array]:
+  dprobs, dpartition = cotangents
+  same = dpartition - (probs * dprobs).sum(-1)
+  return (probs * (dprobs + same[..., None]),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def load_probability(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.router import Router
 from moejax.routers.top_k import token_choice
+from moejax.transformer.linear import product
 
 
 class CosineScorer(nnx.Module):
@@ -39,9 +40,9 @@ class CosineScorer(nnx.Module):
   ) -> tuple[Float[Array, 'B S E'], None]:
     """Logits between -1 / temperature and 1 / temperature."""
     dtype = x_bsd.dtype
-    low = x_bsd @ self.kernel[...].astype(dtype)
+    low = product(x_bsd, self.kernel[...].astype(dtype))
     centroids = self.centroids[...].astype(dtype)
-    cosine_bse = unit(low) @ unit(centroids).T
+    cosine_bse = product(unit(low), unit(centroids).T)
     return cosine_bse / jnp.maximum(self.temperature[...].astype(dtype), 1e-4), None
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.router import Router, with_flags
 from moejax.routers.top_k import token_choice
+from moejax.transformer.linear import product
 
 LOGITS = 'gating_residual'
 """Name in `context.state`."""
@@ -40,8 +41,8 @@ class ResidualScorer(nnx.Module):
   ) -> tuple[Float[Array, 'B S E'], None, dict[str, Array]]:
     """Logits, which are the state too."""
     dtype = x_bsd.dtype
-    logits_bse = x_bsd @ self.kernel[...].astype(dtype)
-    logits_bse = logits_bse + context.state[LOGITS] @ self.residual[...].astype(dtype)
+    logits_bse = product(x_bsd, self.kernel[...].astype(dtype))
+    logits_bse = logits_bse + product(context.state[LOGITS], self.residual[...].astype(dtype))
     return logits_bse, None, {LOGITS: logits_bse}
 
 

@@ -13,6 +13,7 @@ from moejax.routers.affinity import TokenAffinity
 from moejax.routers.dense import assign_all
 from moejax.routers.rmoe import check_width
 from moejax.routers.router import Flags, Router
+from moejax.transformer.linear import product
 
 DEGREE = 3
 
@@ -37,7 +38,7 @@ class Splines(nnx.Module):
   def __call__(self, x: Float[Array, '*batch width']) -> Float[Array, '*batch width_out']:
     base, kernel = (w[...].astype(x.dtype) for w in (self.base, self.kernel))
     basis = spline_basis(x, self.cells)
-    return jax.nn.silu(x) @ base + basis.reshape(*x.shape[:-1], -1) @ kernel
+    return product(jax.nn.silu(x), base) + product(basis.reshape(*x.shape[:-1], -1), kernel)
 
 
 def spline_basis(x: Float[Array, '*batch width'], cells: int) -> Float[Array, '*batch width basis']:
@@ -85,9 +86,10 @@ class ResidualGate(nnx.Module):
   ) -> tuple[Float[Array, 'B S E'], None]:
     """Logits."""
     wide = lambda weight: weight[...].astype(x_bsd.dtype)
-    z = jax.nn.relu((x_bsd * wide(self.scale)[None, None]) @ wide(self.project))
+    z = jax.nn.relu(product(x_bsd * wide(self.scale)[None, None], wide(self.project)))
     h = self.second(self.first(z))
-    h = z @ wide(self.skip) + (h @ wide(self.value)) * jax.nn.sigmoid(h @ wide(self.gate))
+    gate = jax.nn.sigmoid(product(h, wide(self.gate)))
+    h = product(z, wide(self.skip)) + product(h, wide(self.value)) * gate
     h = h - h.mean(-1, keepdims=True)
     h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + jnp.asarray(1e-3, h.dtype))
     return h * wide(self.norm_scale)[None, None] + wide(self.offset)[None, None], None

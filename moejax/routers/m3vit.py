@@ -11,6 +11,7 @@ from moejax.arrays import Context
 from moejax.routers.router import Router, required, with_flags
 from moejax.routers.scorers import check_key
 from moejax.routers.top_k import check_name, token_choice
+from moejax.transformer.linear import product
 
 GATES = ('own', 'embedding')
 
@@ -63,7 +64,7 @@ class TaskScorer(nnx.Module):
     else:
       width = x_bsd.shape[-1]
       known = self.embedding[...].astype(x_bsd.dtype)[task_b] @ kernel[width:]
-      logits_bse = x_bsd @ kernel[:width] + known[:, None]
+      logits_bse = product(x_bsd, kernel[:width]) + known[:, None]
     if not (context.train and self.noise_std):
       return logits_bse, None
     check_key(context, 'm3vit')

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.router import Router
 from moejax.routers.top_k import check_name, token_choice
+from moejax.transformer.linear import product
 
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {
   'cos': jnp.cos,
@@ -43,7 +44,7 @@ class ModifiedScorer(nnx.Module):
   ) -> tuple[Float[Array, 'B S E'], None]:
     """Logits, bounded where M is."""
     kernel_de, offset_e = (w[...].astype(x_bsd.dtype) for w in (self.kernel, self.offset))
-    logits_bse = jnp.einsum('BSD,DE->BSE', FUNCTIONS[self.function](x_bsd), kernel_de)
+    logits_bse = product(FUNCTIONS[self.function](x_bsd), kernel_de)
     return logits_bse + offset_e[None, None], None
 
 

@@ -15,9 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moejax.arrays import Context, Scores
+from moejax.routers.affinity import softmax
 from moejax.routers.router import Flags, Router
 from moejax.routers.top_k import TopKAssign
 from moejax.routers.weighting import raw
+from moejax.transformer.linear import product
 
 
 class ClusterScorer(nnx.Module):
@@ -42,8 +44,8 @@ class ClusterScorer(nnx.Module):
   ) -> tuple[Float[Array, 'B S E'], None]:
     """Logits in [-1 / tau, 1 / tau]; tau is at least 1e-4."""
     kernel, phi, tau = (p[...].astype(x_bsd.dtype) for p in (self.kernel, self.phi, self.scale))
-    cosine_bse = _unit(x_bsd @ kernel, -1) @ _unit(phi, 0)
-    return cosine_bse / jnp.maximum(tau, 1e-4), None
+    directions = _unit(phi, 0) / jnp.maximum(tau, 1e-4)
+    return product(_unit(product(x_bsd, kernel), -1), directions), None
 
 
 def _unit(x: Array, axis: int) -> Array:
@@ -85,9 +87,16 @@ class ClusterGate:
       progress = jnp.ones((), jnp.float32) if context.progress is None else context.progress
       survives_e = self.survivors(logits_bse.shape[-1], progress)
       select_bse = jnp.where(survives_e[None, None], logits_bse, -jnp.inf)
-    probs_bse = jax.nn.softmax(logits_bse, -1)
+    probs_bse, partition_bs = softmax(logits_bse)
     gate_bse = jax.nn.sigmoid(logits_bse)
-    return Scores(logits_bse, select_bse, gate_bse, probs_bse, clusters=self.clusters)
+    return Scores(
+      logits_bse,
+      select_bse,
+      gate_bse,
+      probs_bse,
+      partition=partition_bs,
+      clusters=self.clusters,
+    )
 
 
 def moec(

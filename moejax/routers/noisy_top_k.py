@@ -11,6 +11,7 @@ from moejax.arrays import Context
 from moejax.routers.router import Router
 from moejax.routers.scorers import check_key
 from moejax.routers.top_k import token_choice
+from moejax.transformer.linear import product
 
 
 class NoisyScorer(nnx.Module):
@@ -37,9 +38,7 @@ class NoisyScorer(nnx.Module):
       ValueError: in training without `context.rng`.
     """
     kernels = (self.kernel, self.noise_kernel)
-    logits_bse, raw_bse = (
-      jnp.einsum('BSD,DE->BSE', x_bsd, kernel[...].astype(x_bsd.dtype)) for kernel in kernels
-    )
+    logits_bse, raw_bse = (product(x_bsd, kernel[...].astype(x_bsd.dtype)) for kernel in kernels)
     if not context.train:
       return logits_bse, None
     check_key(context, 'noisy_top_k')

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.router import Router, with_flags
 from moejax.routers.top_k import token_choice
+from moejax.transformer.linear import product
 
 AHEAD, KNOWN = 'pre_gated_logits', 'pre_gated_known'
 """Names in `context.state`: logits made below, and whether there is a layer below."""
@@ -39,7 +40,7 @@ class AheadScorer(nnx.Module):
   ) -> tuple[Float[Array, 'B S E'], None, dict[str, Array]]:
     """Logits and the state."""
     own_bse, next_bse = (
-      x_bsd @ kernel[...].astype(x_bsd.dtype) for kernel in (self.kernel, self.next_kernel)
+      product(x_bsd, kernel[...].astype(x_bsd.dtype)) for kernel in (self.kernel, self.next_kernel)
     )
     logits_bse = jnp.where(context.state[KNOWN], context.state[AHEAD], own_bse)
     return logits_bse, None, {AHEAD: next_bse, KNOWN: jnp.ones((), bool)}

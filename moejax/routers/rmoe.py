@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.router import Router, with_flags
 from moejax.routers.top_k import token_choice
+from moejax.transformer.linear import product
 
 HIDDEN, CELL = 'rmoe_hidden', 'rmoe_cell'
 """Names in `context.state` and `context.shared`."""
@@ -53,8 +54,8 @@ def gru(
     cell[name].astype(z.dtype) for name in ('into', 'over', 'offset', 'over_offset')
   )
   lead = (None,) * (z.ndim - 1)
-  in_r, in_u, in_n = jnp.split(z @ into + offset[lead], 3, -1)
-  over_r, over_u, over_n = jnp.split(hidden @ over + over_offset[lead], 3, -1)
+  in_r, in_u, in_n = jnp.split(product(z, into) + offset[lead], 3, -1)
+  over_r, over_u, over_n = jnp.split(product(hidden, over) + over_offset[lead], 3, -1)
   reset, update = jax.nn.sigmoid(in_r + over_r), jax.nn.sigmoid(in_u + over_u)
   new = jnp.tanh(in_n + reset * over_n)
   return (1 - update) * new + update * hidden
@@ -113,8 +114,8 @@ class RecurrentScorer(nnx.Module):
       )
     hidden = context.state[HIDDEN]
     hidden = jax.lax.stop_gradient(hidden) if self.detach else hidden
-    hidden = gru(cell, x_bsd @ self.project[...].astype(dtype), hidden)
-    return hidden @ self.kernel[...].astype(dtype), None, {HIDDEN: hidden}
+    hidden = gru(cell, product(x_bsd, self.project[...].astype(dtype)), hidden)
+    return product(hidden, self.kernel[...].astype(dtype)), None, {HIDDEN: hidden}
 
 
 def rmoe(

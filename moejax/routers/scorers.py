@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.arrays import Context
+from moejax.transformer.linear import product
 
 
 class Frozen(nnx.Variable):
@@ -65,7 +66,7 @@ class LinearScorer(nnx.Module):
       key = jax.random.fold_in(context.rng, 1)
       low, high = 1.0 - self.jitter, 1.0 + self.jitter
       x_bsd = x_bsd * jax.random.uniform(key, x_bsd.shape, x_bsd.dtype, low, high)
-    logits_bse = jnp.einsum('BSD,DE->BSE', x_bsd, kernel_de)
+    logits_bse = product(x_bsd, kernel_de)
     if not (context.train and self.noise_std):
       return logits_bse, None
     return logits_bse, jnp.asarray(self.noise_std / kernel_de.shape[1], x_bsd.dtype)

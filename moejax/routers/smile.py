@@ -17,6 +17,7 @@ from moejax.routers.affinity import TokenAffinity
 from moejax.routers.router import Flags, Router
 from moejax.routers.top_k import TopKAssign
 from moejax.routers.weighting import raw
+from moejax.transformer.linear import product
 
 
 class BilevelScorer(nnx.Module):
@@ -39,10 +40,10 @@ class BilevelScorer(nnx.Module):
     self, x_bsd: Float[Array, 'B S D'], context: Context
   ) -> tuple[Float[Array, 'B S E'], None]:
     """Logits of all experts, those of a node side by side."""
-    both = x_bsd @ self.kernel[...].astype(x_bsd.dtype)
+    both = product(x_bsd, self.kernel[...].astype(x_bsd.dtype))
     node_bsg, member_bse = both[..., : self.nodes], both[..., self.nodes :]
-    logits = node_bsg[..., :, None] + member_bse[..., None, :]
-    return logits.reshape(*x_bsd.shape[:2], -1), None
+    members = member_bse.shape[-1]
+    return jnp.repeat(node_bsg, members, -1) + jnp.tile(member_bse, self.nodes), None
 
 
 @dataclasses.dataclass(frozen=True)

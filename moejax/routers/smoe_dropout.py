@@ -15,6 +15,7 @@ from moejax.routers.router import Flags, Router
 from moejax.routers.scorers import Frozen
 from moejax.routers.top_k import TopKAssign
 from moejax.routers.weighting import normalised
+from moejax.transformer.linear import product
 
 
 class FrozenScorer(nnx.Module):
@@ -34,7 +35,7 @@ class FrozenScorer(nnx.Module):
     self, x_bsd: Float[Array, 'B S D'], context: Context
   ) -> tuple[Float[Array, 'B S E'], None]:
     """Logits; their gradient reaches x alone."""
-    return jnp.einsum('BSD,DE->BSE', x_bsd, self.kernel[...].astype(x_bsd.dtype)), None
+    return product(x_bsd, self.kernel[...].astype(x_bsd.dtype)), None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.router import Router, required, with_flags
 from moejax.routers.top_k import token_choice
+from moejax.transformer.linear import product
 
 _half_xavier = nnx.initializers.variance_scaling(0.25, 'fan_avg', 'uniform')  # gain 0.5
 
@@ -45,7 +46,7 @@ class EmbeddingScorer(nnx.Module):
       )
     kernel, split = self.kernel[...].astype(x_bsd.dtype), x_bsd.shape[-1]
     known = domain @ kernel[split:]  # [B, E] of a sequence, [B, S, E] of its positions
-    return x_bsd @ kernel[:split] + (known[:, None] if known.ndim == 2 else known), None
+    return product(x_bsd, kernel[:split]) + (known[:, None] if known.ndim == 2 else known), None
 
 
 def speech_moe(

@@ -26,7 +26,7 @@ from moejax.arrays import Context, RoutingStats, wide_dtype
 from moejax.routers.router import Flags
 from moejax.transformer.attention import Visible
 from moejax.transformer.block import Block
-from moejax.transformer.linear import Linear
+from moejax.transformer.linear import Linear, product
 
 DECIDE = ('predictor', 'router')
 
@@ -177,7 +177,7 @@ def _width(d_model: int) -> int:
 
 def _product(linear: Any, x: Array) -> Array:
   """In the type of x, float32 or wider, whatever the layer computes in."""
-  y = x @ linear.weight[...].astype(x.dtype)
+  y = product(x, linear.weight[...].astype(x.dtype))
   return y if linear.bias is None else y + linear.bias[...].astype(x.dtype)[None, None]
 
 

@@ -39,6 +39,18 @@ def master_dtype(dtype) -> jnp.dtype:
   return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
+def product(
+  x: Float[Array, '*batch d_in'], weight: Float[Array, 'd_in d_out'], **options
+) -> Float[Array, '*batch d_out']:
+  """`x @ weight` with the batch as one axis.
+
+  With more axes XLA makes a transposed copy of the whole gradient of the product before it multiplies it into that of
+  the weight, which takes a CPU longer than multiplying. Options are those of `jnp.matmul`.
+  """
+  rows = jnp.matmul(x.reshape(-1, x.shape[-1]), weight, **options)
+  return rows.reshape(*x.shape[:-1], weight.shape[1])
+
+
 class Linear(nnx.Module):
   """`x @ weight + bias`, with weight `[d_in, d_out]`."""
 
@@ -64,10 +76,7 @@ class Linear(nnx.Module):
     """`wide=True` returns the float32 accumulator of a low-precision product, as logits want it."""
     out_dtype = master_dtype(self.dtype) if wide else self.dtype
     weight = self.weight[...].astype(self.dtype)
-    rows = x.astype(self.dtype).reshape(
-      -1, x.shape[-1]
-    )  # one axis: its gradient transposes nothing
-    y = jnp.matmul(rows, weight, preferred_element_type=out_dtype).reshape(*x.shape[:-1], -1)
+    y = product(x.astype(self.dtype), weight, preferred_element_type=out_dtype)
     if self.bias is None:
       return y
     return y + jnp.expand_dims(self.bias[...].astype(out_dtype), range(y.ndim - 1))
