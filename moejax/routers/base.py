@@ -12,11 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.arrays import Context, Scores
 from moejax.routers.affinity import TokenAffinity
+from moejax.routers.capacity import rank_within
 from moejax.routers.expert_choice import from_groups, to_groups
 from moejax.routers.router import Flags, Router
 from moejax.routers.scorers import LinearScorer, only
-from moejax.routers.top_k import TopKAssign, check_name
+from moejax.routers.top_k import TopKAssign, best, check_name
 from moejax.routers.weighting import raw
+
+TEMPERATURES = (1 / 8, 1 / 32, 1 / 128, 1 / 512, 1 / 2048)
+"""Of the choices that prices balance, over the range of affinities: each begins with the prices of the one before."""
+ROUNDS = 8
+"""Of each temperature."""
 
 
 def balanced_assignment(
@@ -25,43 +31,45 @@ def balanced_assignment(
   """Expert of every token with the largest sum of affinities, no expert with more than C = ceil(T / E) tokens.
 
   Exact, up to rounding. Tokens first take their best expert at prices that nearly balance the loads; whatever the
-  prices, no assignment with these loads has a larger sum. Then one token at a time leaves the overloaded experts, along
-  the cheapest chain of moves from expert to expert (successive shortest paths), which keeps that so.
+  prices, no assignment with these loads has a larger sum. Then tokens leave the overloaded experts, along the cheapest
+  chains of moves from expert to expert (successive shortest paths), which keeps that so.
 
   Args:
-    affinity_te: no gradient is taken.
+    affinity_te: no gradient is taken; a token with one that is not finite prefers no expert.
     real_t: False for padding, which takes no place and has any expert.
   """
   num_tokens, num_experts = affinity_te.shape
+  most_fill = -num_tokens % num_experts if real_t is None else num_experts - 1
   real_t = jnp.ones(num_tokens, bool) if real_t is None else real_t
   count = real_t.sum(dtype=jnp.int32)
   places = (count + num_experts - 1) // num_experts
   # a constant for a token changes nothing, and makes the range that of choices
   worth_te = affinity_te - affinity_te.max(-1, keepdims=True)
-  worth_te = jnp.where(real_t[:, None], worth_te, 0)
+  known_t = real_t & jnp.isfinite(worth_te).all(-1)
+  worth_te = jnp.where(known_t[:, None], worth_te, 0)
   worth_te = worth_te / jnp.maximum(-worth_te.min(), jnp.finfo(worth_te.dtype).tiny)
   # as many tokens without affinity as fill all places
-  worth_te = jnp.pad(worth_te, ((0, num_experts - 1), (0, 0)))
-  fill = jnp.arange(num_experts - 1, dtype=jnp.int32) < places * num_experts - count
+  worth_te = jnp.pad(worth_te, ((0, most_fill), (0, 0)))
+  fill = jnp.arange(most_fill, dtype=jnp.int32) < places * num_experts - count
   placed_t = jnp.concatenate([real_t, fill])
   price_e = balancing_prices(worth_te, placed_t, places)
-  expert_t = jnp.argmax(worth_te - price_e[None], -1).astype(jnp.int32)
+  expert_t = best(worth_te - price_e[None], 1)[1][:, 0]
   expert_t = jnp.where(placed_t, expert_t, num_experts)
 
   def overloaded(state):
     return (_loads(state[0], num_experts) > places).any()
 
-  def move_one(state):
-    return _move_one(worth_te, places, *state)
+  def move(state):
+    return _move(worth_te, places, *state)
 
-  expert_t, _ = jax.lax.while_loop(overloaded, move_one, (expert_t, price_e))
+  expert_t, _ = jax.lax.while_loop(overloaded, move, (expert_t, price_e))
   return jnp.minimum(expert_t, num_experts - 1)[:num_tokens]
 
 
 def balancing_prices(
   worth_te: Float[Array, 'T E'], placed_t: Bool[Array, ' T'], places: Int[Array, '']
 ) -> Float[Array, ' E']:
-  """Prices at which the choices of tokens, softmax at falling temperatures, fill every expert's places.
+  """Prices at which the choices of tokens, softmax at falling temperatures, nearly fill every expert's places.
 
   Args:
     worth_te: affinities in [-1, 0].
@@ -69,26 +77,31 @@ def balancing_prices(
     places: C.
   """
   dtype = worth_te.dtype
-  log_places = jnp.log(jnp.maximum(places, 1).astype(dtype))
+  least = jnp.asarray(1e-30, dtype)
 
-  def one_round(index, price_e):
-    temperature = jnp.asarray(0.5, dtype) ** (index // 10).astype(dtype)  # ten rounds of each
-    log_te = jax.nn.log_softmax((worth_te - price_e[None]) / temperature, -1)
-    log_load_e = jax.nn.logsumexp(log_te, 0, where=placed_t[:, None])
-    change_e = jnp.maximum(log_load_e, jnp.asarray(-1e3, dtype)) - log_places
-    return price_e + temperature * change_e
+  def at(price_e, temperature):
+    value_te = (worth_te - price_e[None]) / temperature
+    choice_te = jnp.exp(value_te - value_te.max(-1, keepdims=True))
+    choice_te = jnp.where(placed_t[:, None], choice_te, 0)
 
-  return jax.lax.fori_loop(0, 100, one_round, jnp.zeros_like(worth_te[0]))
+    def one_round(_, scale_e):
+      total_t = choice_te @ scale_e
+      load_e = (1 / jnp.maximum(total_t, least)) @ choice_te
+      return jnp.maximum(places, 1).astype(dtype) / jnp.maximum(load_e, least)
+
+    scale_e = jax.lax.fori_loop(0, ROUNDS, one_round, jnp.ones_like(price_e))
+    return price_e - temperature * jnp.log(scale_e), None
+
+  temperatures = jnp.asarray(TEMPERATURES, dtype)
+  return jax.lax.scan(at, jnp.zeros_like(worth_te[0]), temperatures)[0]
 
 
 def _loads(expert_t: Array, num_experts: int) -> Array:
   return jnp.bincount(expert_t, length=num_experts + 1)[:-1].astype(jnp.int32)
 
 
-def _move_one(
-  worth_te: Array, places: Array, expert_t: Array, price_e: Array
-) -> tuple[Array, Array]:
-  """One token less on an overloaded expert, one more on one with free places, at the least loss."""
+def _move(worth_te: Array, places: Array, expert_t: Array, price_e: Array) -> tuple[Array, Array]:
+  """Chains of moves from overloaded experts to those with free places, at the least loss."""
   num_experts = price_e.size
   load_e = _loads(expert_t, num_experts)
   value_te = worth_te - price_e[None]
@@ -96,31 +109,95 @@ def _move_one(
   loss_te = jnp.maximum(own - value_te, 0)  # of a token that moves to another expert
   # from an expert to another with the token that loses least
   loss_ee = jax.ops.segment_min(loss_te, expert_t, num_experts + 1)[:-1]
-  total_e, parent_e = _cheapest_paths(load_e > places, loss_ee)
-  end = jnp.argmin(jnp.where(load_e < places, total_e, jnp.inf)).astype(jnp.int32)
+  free_e = load_e < places
+  total_e, parent_e = _cheapest_paths(load_e > places, free_e, loss_ee)
+  from_te = expert_t[:, None] == parent_e[None]
+  token_e = _least(jnp.where(from_te, loss_te, jnp.inf))  # that comes from the parent
+  moves_e = _together(free_e, parent_e, token_e, load_e - places, expert_t.size)
+  experts = jnp.arange(num_experts, dtype=jnp.int32)
+  token_e = jnp.where(moves_e, token_e, expert_t.size)
+  expert_t = expert_t.at[token_e].set(experts, mode='drop')
+  furthest = jnp.where(free_e, total_e, 0).max()
+  return expert_t, price_e - jnp.minimum(total_e, furthest)  # so that no move gains
 
-  def follow(state):
-    expert_t, to = state
-    token = jnp.argmin(jnp.where(expert_t == parent_e[to], loss_te[:, to], jnp.inf))
-    return expert_t.at[token].set(to), parent_e[to]
 
-  expert_t, _ = jax.lax.while_loop(lambda state: parent_e[state[1]] >= 0, follow, (expert_t, end))
-  return expert_t, price_e - jnp.minimum(total_e, total_e[end])  # so that no move gains
+def _least(value_re: Array) -> Array:
+  """Row of the least value of each column; of equals the next one after a row of the column's own, so that columns
+  choose unlike rows. Two minima, which a CPU finds faster than `argmin`."""
+  rows, columns = value_re.shape
+  row_r = jnp.arange(rows, dtype=jnp.int32)[:, None]
+  first_e = jnp.arange(columns, dtype=jnp.int32)[None] * max(1, rows // columns) % rows
+  after_re = row_r - first_e + jnp.where(row_r < first_e, rows, 0)
+  least_re = value_re == value_re.min(0, keepdims=True)
+  after_e = jnp.where(least_re, after_re, rows - 1).min(0)
+  return (after_e + first_e[0]) % rows
 
 
-def _cheapest_paths(start_e: Array, loss_ee: Array) -> tuple[Array, Array]:
-  """Loss from the nearest start, and the expert before on the way (-1 at a start): Bellman and Ford."""
+def _together(
+  free_e: Array, parent_e: Array, token_e: Array, excess_e: Array, num_tokens: int
+) -> Array:
+  """Which experts take the token from their parent, all at once: those on paths to experts with free places that meet
+  in starts alone, where they take different tokens and no more than the excess.
+
+  An expert is claimed by the first of the paths through it, a token at a start by the first that takes it; a path
+  that has all its claims is one of them.
+  """
+  num_experts = free_e.size
+  path_e = jnp.arange(num_experts, dtype=jnp.int32)
+  nobody = jnp.full(1, num_experts, jnp.int32)
+  starts_e = parent_e < 0
+  leaves_e = ~starts_e & starts_e[parent_e]  # the first expert after a start
+  before = jnp.concatenate([jnp.where(starts_e | leaves_e, num_experts, parent_e), nobody])
+  end_e = jnp.where(free_e, path_e, num_experts)
+  along = lambda state: (state[0] < num_experts).any()
+
+  def claim(state):
+    at_e, owner = state
+    return before[at_e], owner.at[at_e].min(path_e)
+
+  unclaimed = jnp.full(num_experts + 1, num_experts, jnp.int32)
+  _, owner = jax.lax.while_loop(along, claim, (end_e, unclaimed))
+
+  def check(state):
+    at_e, whole_e = state
+    return before[at_e], whole_e & ((at_e == num_experts) | (owner[at_e] == path_e))
+
+  _, whole_e = jax.lax.while_loop(along, check, (end_e, free_e))
+  owner_e = owner[:-1]
+  leaves_e &= jnp.concatenate([whole_e, jnp.zeros(1, bool)])[owner_e]
+  first_t = jnp.full(num_tokens, num_experts, jnp.int32)
+  first_t = first_t.at[jnp.where(leaves_e, token_e, num_tokens)].min(path_e, mode='drop')
+  leaves_e &= first_t[token_e] == path_e
+  start_e = jnp.where(leaves_e, parent_e, num_experts)
+  leaves_e &= rank_within(start_e, num_experts) < excess_e[parent_e]
+  goes = jnp.zeros(num_experts + 1, bool).at[jnp.where(leaves_e, owner_e, num_experts)].set(True)
+  return goes[owner_e] & (owner_e < num_experts)
+
+
+def _cheapest_paths(start_e: Array, end_e: Array, loss_ee: Array) -> tuple[Array, Array]:
+  """Loss from the nearest start, and the expert before on the way (-1 at a start): Bellman and Ford.
+
+  Of experts farther than all ends it is no less than that of the farthest end, but may not be the least.
+  """
   total_e = jnp.where(start_e, 0, jnp.inf).astype(loss_ee.dtype)
 
-  def relax(_, state):
-    total_e, parent_e = state
-    via_ee = total_e[:, None] + loss_ee
-    shorter_e = via_ee.min(0) < total_e
-    parent_e = jnp.where(shorter_e, via_ee.argmin(0).astype(jnp.int32), parent_e)
-    return jnp.where(shorter_e, via_ee.min(0), total_e), parent_e
+  def relax(state):
+    total_e, moves_e, count, _ = state
+    via_e = (total_e[:, None] + loss_ee).min(0)
+    shorter_e = via_e < jnp.minimum(total_e, jnp.where(end_e, total_e, 0).max())
+    moves_e = jnp.where(shorter_e, count, moves_e)
+    return jnp.where(shorter_e, via_e, total_e), moves_e, count + 1, shorter_e.any()
 
-  state = (total_e, jnp.full(total_e.shape, -1, jnp.int32))
-  return jax.lax.fori_loop(0, total_e.size - 1, relax, state)
+  state = (
+    total_e,
+    jnp.zeros(total_e.shape, jnp.int32),
+    jnp.ones((), jnp.int32),
+    jnp.ones((), bool),
+  )
+  total_e, moves_e, _, _ = jax.lax.while_loop(lambda state: state[3], relax, state)
+  # a path of so many moves goes on from one of fewer
+  via_ee = jnp.where(moves_e[:, None] < moves_e[None], total_e[:, None] + loss_ee, jnp.inf)
+  return total_e, jnp.where(start_e, -1, _least(via_ee))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +217,9 @@ class BaseAffinity:
     if not context.train:
       return scores
     affinity_gte = to_groups(jax.lax.stop_gradient(logits_bse), self.group)
-    mask_bs = jnp.ones(logits_bse.shape[:2], bool) if context.mask is None else context.mask
-    expert_gt = jax.vmap(balanced_assignment)(affinity_gte, to_groups(mask_bs, self.group))
-    expert_bs = from_groups(expert_gt, self.group, (mask_bs.shape[0], mask_bs.shape[1]))
+    real_gt = None if context.mask is None else to_groups(context.mask, self.group)
+    expert_gt = jax.vmap(balanced_assignment)(affinity_gte, real_gt)
+    expert_bs = from_groups(expert_gt, self.group, (logits_bse.shape[0], logits_bse.shape[1]))
     return dataclasses.replace(
       scores, select=only(expert_bs, logits_bse.shape[-1], logits_bse.dtype)
     )

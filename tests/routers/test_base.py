@@ -46,6 +46,39 @@ def test_loads_are_equal_and_the_sum_is_the_optimum(name, rng):
     assert got == pytest.approx(optimum(affinity), abs=1e-5 * T * max(spread, 1e-6))
 
 
+@pytest.mark.parametrize('kinds', [256, 5, 1])
+def test_many_small_experts_and_tokens_of_which_many_are_equal(kinds, rng):
+  """256 tokens on 64 experts of 4 places, all unlike or of few kinds: equal tokens must part, many at a time."""
+  affinity = rng.normal(size=(kinds, 64)).astype(np.float32)[rng.integers(0, kinds, 256)]
+  expert = np.asarray(jax.jit(balanced_assignment)(affinity))
+  assert np.bincount(expert, minlength=64).tolist() == [4] * 64
+  token, place = linear_sum_assignment(-np.repeat(affinity.astype(np.float64), 4, 1))
+  best = affinity[token, place // 4].sum(dtype=np.float64)
+  assert affinity[np.arange(256), expert].sum(dtype=np.float64) == pytest.approx(best, abs=2e-3)
+
+
+def test_a_number_of_tokens_that_does_not_divide(rng):
+  """22 tokens on 4 experts without padding: none has more than 6."""
+  affinity = draw('any', rng)[:22]
+  expert = np.asarray(jax.jit(balanced_assignment)(affinity))
+  assert np.bincount(expert, minlength=E).max() <= 6
+  got = affinity[np.arange(22), expert].sum(dtype=np.float64)
+  assert got == pytest.approx(optimum(affinity), abs=1e-4)
+
+
+def test_tokens_without_finite_affinities_take_what_is_left(rng):
+  """The others have the best places, as many as are theirs; it ends."""
+  affinity = draw('any', rng)
+  odd = affinity.copy()
+  odd[3, 1], odd[7, 0], odd[8, 2] = np.nan, np.inf, -np.inf
+  expert = np.asarray(solve(odd))
+  assert np.bincount(expert, minlength=E).tolist() == [T // E] * E
+  known = np.isfinite(odd).all(1)
+  indifferent = np.where(known[:, None], affinity - affinity.max(1, keepdims=True), 0)
+  got = indifferent[np.arange(T), expert].sum(dtype=np.float64)
+  assert got == pytest.approx(optimum(indifferent), abs=1e-4)
+
+
 def test_padding_and_numbers_that_do_not_divide(rng):
   """17 real tokens of 24 on 4 experts: at most 5 each, the best such assignment, whatever padding holds."""
   affinity = draw('any', rng) + np.array([0, 2, 0, 0], np.float32)
