@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from experiments.errors import BadInput
 from experiments.settings import ModelSettings, Settings
+from moejax.mesh.make import BATCH_AXES
 from moejax.moe.attention_experts import AttentionExperts
+from moejax.moe.head_rows import BesideTokens, by_expert
 from moejax.moe.losses import check_losses
 from moejax.moe.switch_head import SwitchHead
 from moejax.routers import Flags
@@ -38,8 +41,10 @@ class HeadFacts:
   flops: Callable[[int], dict[str, int | float]]
 
 
-def heads_maker(model: ModelSettings, dtype: Any) -> Callable[[nnx.Rngs], nnx.Module] | None:
-  """Makes the attention of one block; None for models whose heads are not experts."""
+def heads_maker(
+  model: ModelSettings, dtype: Any, mesh: Mesh | None = None
+) -> Callable[[nnx.Rngs], nnx.Module] | None:
+  """Makes the attention of one block, on this mesh or one device; None for models whose heads are not experts."""
   if model.attention not in OPTIONS:
     return None
   heads = model.heads
@@ -48,6 +53,7 @@ def heads_maker(model: ModelSettings, dtype: Any) -> Callable[[nnx.Rngs], nnx.Mo
     'losses': {},  # the training step makes them of the stats of all microbatches
     'dtype': dtype,
     'out_scale': (2 * model.num_layers) ** -0.5,
+    'work': BesideTokens(mesh, BATCH_AXES) if mesh is not None and mesh.size > 1 else by_expert,
     **heads.options,
   }
   sizes = (model.d_model, model.head_dim, heads.num_experts)

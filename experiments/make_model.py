@@ -114,7 +114,7 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     'num_kv_heads': model.num_kv_heads,
     'qk_norm_scope': model.qk_norm_scope,
     'latent': latent_of(model),
-    'heads': heads_maker(model, dtype),
+    'heads': heads_maker(model, dtype, mesh),
     'depth': depth_of(model),
     'positions': model.positions,
     'rope_theta': model.rope_theta,

@@ -114,6 +114,12 @@ def _case(
 _OLMOE, _QWEN, _SLICE, _CUBE = 'olmoe_1b_7b', 'qwen3_235b', 'v5p:2x2x4', 'v5p:2x2x2'
 _PYRAMID = {**NARROW, 'model.moe.pyramid': '16,16,32,64'}
 _DEPTH = {**NARROW, 'model.depth.layers': 'every_2', 'allow_leak': True}
+_HEADS = {
+  **NARROW,
+  'model.attention': 'experts',
+  'model.qk_norm': False,
+  'model.qk_norm_scope': 'head',
+}
 CASES: dict[str, Case] = {
   'kimi': _case('kimi_1t', 'v5p:16x16x16', (1, 128, 32, 1), 'all_to_all', 1),
   'mixtral': _case('mixtral_8x7b', 'v5p:4x4x4', (1, 64, 1, 1), 'local', 2),
@@ -149,6 +155,7 @@ CASES: dict[str, Case] = {
   ),
   'pyramid': _case(_OLMOE, _CUBE, (1, 2, 4, 1), 'all_gather', 4, _PYRAMID, held_out=True),
   'depth': _case(_OLMOE, _CUBE, (1, 2, 4, 1), 'all_to_all', 4, _DEPTH, held_out=True),
+  'heads': _case(_OLMOE, _CUBE, (1, 2, 4, 1), 'all_gather', 4, _HEADS, held_out=True),
   'tensor_more': _case(_QWEN, 'v5e:4x4', (1, 8, 1, 2), 'local', 2, NARROW),
 }
 """Short name -> what is compiled."""

@@ -55,7 +55,7 @@ def activations(work: Workload, layout: Layout) -> float:
   inputs = tokens * model.d_model * work.width / layout.tensor
   if model.remat == 'full':
     return model.num_layers * inputs
-  heads = tokens * model.num_heads * work.score_width * work.width
+  heads = tokens * work.query_heads * work.score_width * work.width
   found: float = sum(work.shares) * (inputs * 8 + heads)
   if model.remat == 'none':
     found += sum(attention(work, layout, share) for share in work.shares) / 2
@@ -81,7 +81,7 @@ def layer(work: Workload, layout: Layout) -> float:
   gathered = copies(work, layout) / max(1, len(mixtures))
   for tensor, elements in work.classes:
     part = largest if tensor.group == 'experts' else 1 / work.settings.model.num_layers
-    if tensor.group in ('experts', 'dense') and tensor.trained:
+    if tensor.group in ('experts', 'heads', 'dense') and tensor.trained:
       others = tuple(axis for axis in layout.sizes if axis != 'fsdp')
       gathered += elements * part / tensor.shards(layout.sizes, others)
   phases = [attention(work, layout, share) for share in {*work.shares}]
@@ -92,11 +92,23 @@ def layer(work: Workload, layout: Layout) -> float:
 
 def attention(work: Workload, layout: Layout, share: float = 1.0) -> float:
   """Scores of all heads, their exponentials and the gradients of both; queries, keys and values; of these tokens."""
-  model, length = work.settings.model, work.settings.data.sequence_length
+  length = work.settings.data.sequence_length
   tokens = work.tokens(layout) * share
-  scores = tokens * length * share * model.num_heads / layout.tensor
-  vectors = tokens * model.num_heads * work.score_width / layout.tensor
-  return scores * (2 * 4 + work.width) + vectors * 3 * (4 + work.width)
+  scores = tokens * length * share * work.query_heads / layout.tensor
+  vectors = tokens * work.query_heads * work.score_width / layout.tensor
+  found = scores * (2 * 4 + work.width) + vectors * 3 * (4 + work.width)
+  return found + heads(work, layout, share)
+
+
+def heads(work: Workload, layout: Layout, share: float = 1.0) -> float:
+  """Rows of heads that are experts in the backward pass of the wider of their projections."""
+  if not work.head_rows:
+    return 0.0
+  model = work.settings.model
+  own = model.heads.num_experts * (model.num_heads if model.attention == 'switch_head' else 1)
+  per_row = model.d_model * (2 * work.width + 4) + model.head_dim * (work.width + 4)
+  weights = model.d_model * model.head_dim * (work.width + 4)
+  return _in_blocks(work, work.tokens(layout) * work.head_rows * share, own, per_row, weights)
 
 
 def experts(work: Workload, layout: Layout, share: float = 1.0, num_experts: int = 0) -> float:
@@ -129,16 +141,22 @@ def _bank(work: Workload, layout: Layout, rows: Rows, share: float) -> float:
   d_ff = model.moe.d_ff // model.moe.granularity / layout.tensor
   arrays = 3 if model.gated else 2
   per_row: float = model.d_model * (2 * work.width + 4) + d_ff * (arrays * 4 + arrays * work.width)
-  places = rows.places * share
+  # copies of all three weights, and the gradient of one at a time
+  weights = arrays * model.d_model * d_ff * (work.width + 4 / arrays)
+  return _in_blocks(work, rows.places * share, rows.experts, per_row, weights)
+
+
+def _in_blocks(
+  work: Workload, places: float, num_experts: float, per_row: float, weights: float
+) -> float:
+  """Bytes of rows, and of the weights of each block of them where they are worked on in blocks."""
   if not work.blocks:
     return places * per_row
   width = 8
-  while width * 4 * rows.experts <= places:
+  while width * 4 * num_experts <= places:
     width *= 2
-  blocks = places // width + rows.experts
-  weights = arrays * model.d_model * d_ff
-  # copies of all three weights, and the gradient of one at a time
-  return blocks * (width * per_row + weights * (work.width + 4 / arrays))
+  blocks = places // width + num_experts
+  return blocks * (width * per_row + weights)
 
 
 def logits(work: Workload, layout: Layout) -> float:

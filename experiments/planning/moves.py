@@ -18,7 +18,7 @@ class Move:
     kind: 'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all' or 'ragged-all-to-all'.
     axes: mesh axes of the devices that work together, those of one device left out.
     size: how many devices these are.
-    what: 'experts', 'dense', 'head', 'embedding', 'router', 'tokens', 'choices', 'activations', 'logits'.
+    what: 'experts', 'heads', 'dense', 'head', 'embedding', 'router', 'tokens', 'choices', 'activations', 'logits'.
     whole: bytes of the gathered, reduced or (to all) held array, of all runs.
     part: 'inner' or 'outer' of the axes where not all of their devices work together: so many that are next to each
       other, or one of each of so many groups of these.

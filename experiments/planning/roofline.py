@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from experiments.planning.chips import Level, Topology, levels
 from experiments.planning.exchanges import room
 from experiments.planning.memory import experts as expert_bytes
+from experiments.planning.memory import heads as head_bytes
 from experiments.planning.memory import moments
 from experiments.planning.moves import Move, runs
 from experiments.planning.traffic import moves
@@ -64,6 +65,11 @@ def products(work: Workload, layout: Layout) -> float:
   if work.blocks and work.expert_flops:  # places without a row are padding, and worked on
     places = room(work, layout) / (work.tokens(layout) * work.choices)
     wasted = work.expert_flops * (1.5 * places - 1)
+  if work.blocks and work.head_rows:
+    model = work.settings.model
+    tokens = work.settings.batch_size * work.settings.data.sequence_length
+    rows = 3 * tokens * sum(work.shares) * work.head_rows
+    wasted += 0.5 * rows * 2 * 2 * model.d_model * model.head_dim
   return (work.flops + wasted) * (forward + 2) / 3
 
 
@@ -80,8 +86,9 @@ def memory_bytes(work: Workload, layout: Layout) -> float:
     )  # weights, moments: read and written; gradients: read
     weights += elements / tensor.shards(layout.sizes, others) * work.width * (forward + 2)
   rows = sum(expert_bytes(work, layout, *mixture) for mixture in work.mixtures)
+  rows += sum(head_bytes(work, layout, share) for share in work.shares)
   # attention written out: scores and exponentials come and go, twice in the backward pass
-  each = tokens * length * model.num_heads / layout.tensor * (8 + 2 * work.width)
+  each = tokens * length * work.query_heads / layout.tensor * (8 + 2 * work.width)
   scores = sum(share**2 for share in work.shares) * each
   residual = sum(work.shares) * tokens * model.d_model * work.width * 12
   logits = tokens * work.vocab_size * 4 * 6

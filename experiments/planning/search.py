@@ -78,6 +78,11 @@ def plan_of(work: Workload, layout: Layout, topology: Topology) -> Plan:
       f'batch_size={work.settings.batch_size} in microbatches={layout.microbatches} of {per_part} does not divide over '
       f'the {layout.batch_shards} shards of the batch'
     )
+  if layout.tensor > 1 and work.head_rows:
+    raise BadInput(
+      f'model.attention={work.settings.model.attention!r} over mesh axis tensor={layout.tensor} is not planned for: '
+      'accepted is tensor=1'
+    )
   if heads(work) % layout.tensor:
     raise BadInput(
       f'{heads(work)} heads of keys do not divide over mesh axis tensor={layout.tensor}'
@@ -197,8 +202,8 @@ def heads(work: Workload) -> int:
 
 def _divides(work: Workload, sizes: dict[str, int]) -> bool:
   cut = any('tensor' in axes for tensor in work.tensors for axes in tensor.axes)
-  if sizes.get('tensor', 1) > 1 and not cut:  # no rule of moejax/mesh/rules.py uses the axis
-    return False
+  if sizes.get('tensor', 1) > 1 and (work.head_rows or not cut):
+    return False  # heads that are experts are not planned for there, or no rule uses the axis
   if heads(work) % sizes.get('tensor', 1):
     return False
   return all(tensor.divides(sizes) for tensor in work.tensors)

@@ -44,12 +44,15 @@ class Tensor:
 
   @property
   def group(self) -> str:
-    """'embedding', 'head', 'experts', 'router' or 'dense' (attention, feed-forward, shared experts, norms)."""
+    """'embedding', 'head', 'experts', 'heads' (that are experts), 'router' or 'dense' (the rest: attention,
+    feed-forward, shared experts, norms)."""
     if self.path.startswith(('embed/', 'head/')):
       return 'embedding' if self.path.startswith('embed/') else 'head'
     if '/moe/' in self.path and '/experts/' in self.path:
       return 'experts'
-    return 'router' if '/router/' in self.path else 'dense'
+    if '/attention/w_' in self.path:
+      return 'heads'
+    return 'router' if '/router/' in self.path or self.path.endswith('_router') else 'dense'
 
   def shards(self, sizes: Mapping[str, int], only: Sequence[str] | None = None) -> int:
     """Over how many devices it is cut, or over how many along `only` these axes."""

@@ -36,6 +36,7 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
     'dense': forward + 1,
     'router': forward + 1,
     'experts': layers + 1,
+    'heads': layers + 1,
     'head': layers,
   }
   fsdp, fsdp_size = along(layout, ('fsdp',))
@@ -64,7 +65,7 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
       continue
     if sharded > 1:
       yield Move('all-gather', fsdp, fsdp_size, what, parts * gathers[what] * whole * work.width)
-    width = work.width if what in ('dense', 'experts') else 4
+    width = work.width if what in ('dense', 'experts', 'heads') else 4
     if sharded > 1:
       kind = 'all-reduce' if what != 'dense' and fsdp_size > FUSED else 'reduce-scatter'
       yield Move(kind, fsdp, fsdp_size, what, parts * whole * width)

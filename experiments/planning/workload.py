@@ -12,6 +12,7 @@ from experiments.check_routing import check_routing
 from experiments.errors import BadInput
 from experiments.flops import experts_per_token as choices_of
 from experiments.flops import training_flops
+from experiments.heads import head_facts
 from experiments.make_model import vocab_size
 from experiments.planning.tensors import Tensor, by_sharding, data_shape, tensors
 from experiments.settings import MoESettings, Settings
@@ -70,6 +71,8 @@ class Workload:
     expert_flops: those of them that routed experts take.
     width: bytes of a number of the computation.
     score_width: H of queries and keys together with H of values.
+    query_heads: N of a token: of heads that are experts those that it chose.
+    head_rows: rows of a token in either projection of heads that are experts; 0 of others.
     blocks: whether routed experts run as padded blocks, which work on rows that were dropped too.
     shares: of each layer, the part of a sequence's tokens that it works on.
   """
@@ -83,6 +86,8 @@ class Workload:
   expert_flops: float
   width: int
   score_width: int
+  query_heads: float
+  head_rows: float
   blocks: bool
   shares: Sequence[float]
 
@@ -129,10 +134,6 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
   model = settings.model
   if model.kind == 'vit':
     raise BadInput("model.kind='vit' is not planned for: accepted are 'decoder' and 'encoder'")
-  if model.attention in ('experts', 'switch_head'):
-    raise BadInput(
-      f"model.attention={model.attention!r} is not planned for: accepted are 'grouped' and 'latent'"
-    )
   stream = data_shape(settings)
   found = tensors(settings)
   latent = latent_of(model)
@@ -141,6 +142,7 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
   tokens = settings.batch_size * settings.data.sequence_length
   matrices = 3 if model.gated else 2
   d_ff = model.moe.d_ff // model.moe.granularity
+  heads, head_rows = heads_of(settings)
   shares = shares_of(settings)
   mixed = sum(shares[layer] for layer in model.moe_layers)
   expert_flops = 3 * tokens * mixed * choices * matrices * 2 * model.d_model * d_ff
@@ -154,9 +156,23 @@ def workload(settings: Settings, platform: str, *, kernels: bool = False) -> Wor
     expert_flops=expert_flops,
     width=4 if model.dtype == 'float32' else 2,
     score_width=model.head_dim + (latent.rotary_dim if latent else 0) + value,
+    query_heads=heads,
+    head_rows=head_rows,
     blocks=not kernels and registry.BY_PLATFORM.get(platform, registry.DEFAULT) == 'blocks',
     shares=shares,
   )
+
+
+def heads_of(settings: Settings) -> tuple[float, float]:
+  """Query heads of a token, and its rows in either projection of heads that are experts: by the FLOPs of the layer."""
+  model, length = settings.model, settings.data.sequence_length
+  facts = head_facts(model)
+  if facts is None:
+    return model.num_heads, 0.0
+  flops = facts.flops(length)
+  heads = flops['attention_scores'] / (4 * length * model.head_dim)
+  ordinary = 1 if model.attention == 'experts' else heads  # keys, with values or with queries
+  return heads, flops['attention_projections'] / (4 * model.d_model * model.head_dim) - ordinary
 
 
 def shares_of(settings: Settings) -> tuple[float, ...]:

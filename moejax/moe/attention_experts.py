@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.arrays import Assignment, Aux, Context
+from moejax.moe.head_rows import RowWork, by_expert
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.moe.stats import routing_stats
@@ -21,7 +22,6 @@ from moejax.routers.top_k import check_name
 from moejax.transformer.attention import Visible, attend, visibility
 from moejax.transformer.linear import Linear, master_dtype
 from moejax.transformer.rotary import rotate
-from pallas_kernels import grouped_matmul, pack
 
 KINDS = ('softmax', 'stick_breaking')
 
@@ -44,6 +44,7 @@ class AttentionExperts(nnx.Module):
     losses: as of `MoE`.
     dtype: type of the computation; router and softmax are float32 always.
     out_scale: factor on the deviation of the initial W_o.
+    work: where rows are worked on, see head_rows.py.
     rngs: source of the initial weights, truncated normal with variance 1 / fan-in.
 
   With the router 'dense' all experts work, weighed by the softmax: BAM's attention with shared keys and values (Zhang
@@ -65,6 +66,7 @@ class AttentionExperts(nnx.Module):
     losses: Mapping[str, float] | None = None,
     dtype=jnp.float32,
     out_scale: float = 1.0,
+    work: RowWork = by_expert,
     rngs: nnx.Rngs,
   ):
     check_name('kind', kind, KINDS)
@@ -91,7 +93,7 @@ class AttentionExperts(nnx.Module):
     self.w_out = kernel(head_dim, d_model, out_scale)
     self.kind, self.causal = kind, causal
     self.losses = tuple(sorted(losses.items()))
-    self.dtype = jnp.dtype(dtype)
+    self.dtype, self.work = jnp.dtype(dtype), work
 
   routed = True
 
@@ -139,12 +141,10 @@ class AttentionExperts(nnx.Module):
     return y_td.astype(x.dtype).reshape(x.shape), aux
 
   def _attend(self, x_bsd: Array, plan: Assignment, rotation, visible: Visible | None) -> Array:
-    """Projections work on rows sorted by expert, attention on rows of a token side by side, as its query heads."""
+    """Projections work on rows by expert, attention on rows of a token side by side, as its query heads."""
     num_sequences, num_positions, _ = x_bsd.shape
-    order_r, back_r, starts = pack(plan.expert, plan.num_experts)
-    sizes_e = jnp.diff(starts)
-    x_rd = x_bsd.reshape(-1, x_bsd.shape[-1])[plan.token[order_r]]
-    q = grouped_matmul(x_rd, self.w_query[...].astype(self.dtype), sizes_e)[back_r]
+    x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+    q = self.work(x_td, plan.expert, self.w_query[...].astype(self.dtype), 1)
     q = q.reshape(num_sequences, num_positions, -1, q.shape[-1])
     k, v = self.key(x_bsd)[:, :, None], self.value(x_bsd)[:, :, None]
     if rotation is not None:
@@ -153,8 +153,8 @@ class AttentionExperts(nnx.Module):
       heads = attend(q, k, v, visible, causal=self.causal)
     else:
       heads = stick_breaking(q, k, v, visible, causal=self.causal)
-    rows = heads.reshape(order_r.size, -1)[order_r]
-    y_rd = grouped_matmul(rows, self.w_out[...].astype(self.dtype), sizes_e)[back_r]
+    rows = heads.reshape(plan.expert.size, -1)
+    y_rd = self.work(rows, plan.expert, self.w_out[...].astype(self.dtype), 2)
     kept_r = plan.expert < plan.num_experts
     y_rd = jnp.where(kept_r[:, None], y_rd, 0) * plan.weight.astype(y_rd.dtype)[:, None]
     return y_rd.reshape(num_sequences * num_positions, -1, y_rd.shape[-1]).sum(1)

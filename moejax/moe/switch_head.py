@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Assignment, Aux, Context, Scores, wide_dtype
 from moejax.moe.cartesian import side_by_side
+from moejax.moe.head_rows import RowWork, by_expert
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.moe.stats import routing_stats
@@ -29,7 +30,6 @@ from moejax.routers.router import as_batch
 from moejax.transformer.attention import Visible, attend, visibility
 from moejax.transformer.linear import Linear, product
 from moejax.transformer.rotary import rotate
-from pallas_kernels import grouped_matmul, pack
 
 
 class SwitchHead(nnx.Module):
@@ -45,6 +45,7 @@ class SwitchHead(nnx.Module):
     losses: as of `MoE`; none in the paper, whose gates do not compete.
     dtype: type of the computation; gates and softmax are float32 always.
     out_scale: factor on the deviation of the initial W_O.
+    work: where rows are worked on, see head_rows.py.
     rngs: source of the initial weights, truncated normal with variance 1 / fan-in.
 
   Training needs neither a balance loss nor dropout of experts (section 3 of the paper). The released code can choose
@@ -70,6 +71,7 @@ class SwitchHead(nnx.Module):
     losses: Mapping[str, float] | None = None,
     dtype=jnp.float32,
     out_scale: float = 1.0,
+    work: RowWork = by_expert,
     rngs: nnx.Rngs,
   ):
     if num_heads < 1:
@@ -91,7 +93,7 @@ class SwitchHead(nnx.Module):
     self.value_router, self.out_router = kernel(d_model, total), kernel(d_model, total)
     self.num_heads, self.num_experts, self.k, self.causal = num_heads, num_experts, k, causal
     self.losses = tuple(sorted(losses.items()))
-    self.dtype = jnp.dtype(dtype)
+    self.dtype, self.work = jnp.dtype(dtype), work
 
   def active_share(self, sequence_length: int) -> float:
     """Fraction of the experts' parameters that works on a token."""
@@ -126,11 +128,11 @@ class SwitchHead(nnx.Module):
     q, k = heads(self.query(x_bsd)), heads(self.key(x_bsd))
     if rotation is not None:
       q, k = rotate(q, *rotation), rotate(k, *rotation)
-    x_rd = x_bsd.reshape(-1, x_bsd.shape[-1])[value_plan.token]
-    v = heads(_rows(x_rd, self.w_value[...], value_plan).reshape(-1, self.k, q.shape[-1]).sum(1))
+    x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+    v_rh = self._rows(x_td, self.w_value[...], value_plan, 1)
+    v = heads(v_rh.reshape(-1, self.k, q.shape[-1]).sum(1))
     seen = attend(q, k, v, visible, causal=self.causal)
-    row_rh = jnp.repeat(seen.reshape(-1, seen.shape[-1]), self.k, axis=0)
-    y = _rows(row_rh, self.w_out[...], out_plan)
+    y = self._rows(seen.reshape(-1, seen.shape[-1]), self.w_out[...], out_plan, 2)
     y = y.reshape(-1, self.num_heads * self.k, y.shape[-1]).sum(1)
     stats = side_by_side(
       routing_stats(values, value_plan, context), routing_stats(outs, out_plan, context)
@@ -155,10 +157,8 @@ class SwitchHead(nnx.Module):
       expert_r, weight_r = jnp.where(real_r, expert_r, total), jnp.where(real_r, weight_r, 0)
     return scores, Assignment(token_r, expert_r, weight_r, expert_r, total, num_tokens)
 
-
-def _rows(row_rd: Array, kernel: Array, plan: Assignment) -> Array:
-  """Every row times the matrix of its expert and its weight; zero of dropped rows."""
-  order_r, back_r, starts = pack(plan.expert, plan.num_experts)
-  y = grouped_matmul(row_rd[order_r], kernel.astype(row_rd.dtype), jnp.diff(starts))[back_r]
-  kept_r = plan.expert < plan.num_experts
-  return jnp.where(kept_r[:, None], y, 0) * plan.weight.astype(y.dtype)[:, None]
+  def _rows(self, row_ri: Array, kernel: Array, plan: Assignment, wide: int) -> Array:
+    """Every row of the plan times the matrix of its expert and its weight; zero of dropped rows."""
+    y = self.work(row_ri, plan.expert, kernel.astype(row_ri.dtype), wide)
+    kept_r = plan.expert < plan.num_experts
+    return jnp.where(kept_r[:, None], y, 0) * plan.weight.astype(y.dtype)[:, None]

@@ -116,9 +116,9 @@ def test_gpus_are_not_compiled_for():
     described_devices(parse_topology('h100:8x2'))
 
 
-def compiled_here(exchange, fsdp, expert, **options):
+def compiled_here(exchange, fsdp, expert, changes=None, **options):
   """A step compiled for eight devices of this machine: the exchange is the same, the rest of XLA's choices are not."""
-  work = workload(settings(**{'model.num_layers': 2}), 'cpu')
+  work = workload(settings(**{'model.num_layers': 2, **(changes or {})}), 'cpu')
   layout = Layout({'data': 1, 'fsdp': fsdp, 'expert': expert}, exchange, 1, options)
   run = module.laid_out(work.settings, layout)
   mesh = make_mesh(1, fsdp, expert, devices=jax.devices())
@@ -132,7 +132,7 @@ def emulated():
 
 
 def exchanged(work, layout, program):
-  """(kind, devices) -> bytes of the exchange, in the program and predicted.
+  """(kind, devices) -> bytes of the exchange, in the program and predicted; sums over other axes left out.
 
   Float32 here: twice the bytes. The exchange is recognised by the operations that it was made from.
   """
@@ -149,7 +149,7 @@ def exchanged(work, layout, program):
       key = (one.kind, max(map(len, one.groups)))
       sent[key] = sent.get(key, 0.0) + one.sent
   for move in moves(wide, layout):
-    if move.what in ('tokens', 'choices', 'experts'):
+    if move.what in ('tokens', 'choices', 'experts', 'heads') and move.kind != 'all-reduce':
       key = (move.kind, move.size)
       predicted[key] = predicted.get(key, 0.0) + move.sent
   return sent, predicted
@@ -167,17 +167,17 @@ def test_on_emulated_devices_too_tokens_and_experts_travel_as_predicted(emulated
 
 
 @pytest.mark.parametrize(
-  ('exchange', 'fsdp', 'expert', 'options'),
+  ('exchange', 'fsdp', 'expert', 'changes', 'options'),
   [
-    ('all_to_all', 2, 4, {}),
-    ('bilevel', 1, 8, {'nodes': 2, 'capacity_factor': 1.25}),
-    ('sparse_fsdp', 2, 4, {'hot': 2, 'capacity_factor': 1.25}),
-    ('local', 2, 4, {}),
+    ('all_to_all', 2, 4, {'model.attention': 'experts', 'model.qk_norm': False}, {}),
+    ('bilevel', 1, 8, {}, {'nodes': 2, 'capacity_factor': 1.25}),
+    ('sparse_fsdp', 2, 4, {}, {'hot': 2, 'capacity_factor': 1.25}),
+    ('local', 2, 4, {}, {}),
   ],
 )
-def test_every_exchange_sends_what_is_predicted(exchange, fsdp, expert, options):
-  """Hops between nodes and inside of them, copies of hot experts, experts that are all gathered."""
-  sent, predicted = exchanged(*compiled_here(exchange, fsdp, expert, **options))
+def test_every_exchange_sends_what_is_predicted(exchange, fsdp, expert, changes, options):
+  """Hops between nodes and inside of them, copies of hot experts, experts (and heads) that are all gathered."""
+  sent, predicted = exchanged(*compiled_here(exchange, fsdp, expert, changes, **options))
   assert set(sent) == set(predicted)
   for key, value in predicted.items():
     assert sent[key] == pytest.approx(value, rel=0.01), key

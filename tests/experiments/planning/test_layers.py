@@ -13,7 +13,7 @@ from experiments.planning.exchanges import worked_on
 from experiments.planning.memory import attention, experts, layer, memory
 from experiments.planning.moves import by_kind
 from experiments.planning.roofline import memory_bytes, products
-from experiments.planning.search import own_layout, search
+from experiments.planning.search import own_layout, plan_of, search
 from experiments.planning.tensors import data_shape
 from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, workload
@@ -29,6 +29,7 @@ SKIPPED = {
   'model.depth.capacity': 0.3,
   'allow_leak': True,
 }
+HEADS = {'model.attention': 'experts', 'model.qk_norm': False}
 THROUGH = 39
 """Tokens of 128 that are a part of 0.3, rounded up."""
 
@@ -44,7 +45,7 @@ def counts(settings):
   return count_params(jax.eval_shape(definition.init, jax.random.key(0))[0])
 
 
-@pytest.mark.parametrize('changes', [PYRAMID, SKIPPED])
+@pytest.mark.parametrize('changes', [PYRAMID, SKIPPED, HEADS])
 def test_parameters_are_those_of_the_model(changes):
   work, _ = of(changes)
   real, found = counts(work.settings), {}
@@ -52,7 +53,9 @@ def test_parameters_are_those_of_the_model(changes):
     found[tensor.group] = found.get(tensor.group, 0) + tensor.size
   assert sum(found.values()) == real['total']
   assert found['experts'] == real['moe/experts']
-  assert found['router'] == real['moe/router'] + real.get('depth/router', 0)
+  others = real.get('depth/router', 0) + real.get('attention/router', 0)
+  assert found['router'] == real['moe/router'] + others
+  assert found.get('heads', 0) == real.get('attention/experts', 0)
 
 
 def test_a_pyramid_is_as_large_as_its_layers_and_works_with_its_largest_at_once():
@@ -120,3 +123,35 @@ def test_a_stack_of_skipped_blocks_needs_less_memory_at_once_and_one_that_is_not
   assert memory(work, layout)['activations'] == memory(whole, layout)['activations']
   some = dataclasses.replace(layout, sizes=layout.sizes | {'tensor': 1})
   assert memory(work, some) == memory(work, layout)
+
+
+def test_rows_of_heads_that_are_experts_stay_and_their_matrices_come():
+  """Two of eight heads are a token's, and so are two rows; of SwitchHead two for the values of each of two heads."""
+  work, layout = of(HEADS, 'local', fsdp=4)
+  grouped, _ = of({})
+  assert (work.query_heads, work.head_rows) == (2, 2)
+  switch, _ = of(HEADS | {'model.attention': 'switch_head'})
+  assert (switch.query_heads, switch.head_rows) == (2, 4)
+  assert (grouped.query_heads, grouped.head_rows) == (2, 0)
+  width = D // 2
+  found = {(m.kind, m.what): m.whole for m in moves(work, layout)}
+  matrices = 2 * 2 * 8 * D * width  # of two layers two each
+  assert found['all-gather', 'heads'] == 2 * 2 * matrices
+  assert found['reduce-scatter', 'heads'] == 2 * matrices
+  assert (
+    found['reduce-scatter', 'dense'] == 2 * 2 * 2 * D * width
+  )  # one head of keys, one of values
+  assert not {m.what for m in moves(work, layout)} & {'tokens', 'choices'}
+  assert attention(work, layout) > attention(grouped, layout)
+  kernels = workload(work.settings, 'tpu', kernels=True)
+  more = products(work, layout) - products(kernels, layout)
+  padding = 0.5 * (work.expert_flops + 3 * 16 * S * 2 * 2 * 2 * 2 * D * width)
+  assert more == pytest.approx(padding * 4 / 3)
+
+
+def test_heads_that_are_experts_are_not_planned_for_over_tensor():
+  work, layout = of(HEADS, 'local', fsdp=4, tensor=2)
+  topology = parse_topology('v5p:2x2x2')
+  assert {plan.layout.tensor for plan in search(work, topology)} == {1}
+  with pytest.raises(BadInput, match="model.attention='experts' over mesh axis tensor=2"):
+    plan_of(work, layout, topology)
