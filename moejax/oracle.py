@@ -34,15 +34,16 @@ def moe(
   if isinstance(plan, SoftPlan):
     return _soft(x, plan, experts)
   x_td = x.reshape(-1, x.shape[-1])
-  y_td = jnp.zeros_like(x_td)
-  for e, expert in enumerate(experts):
 
-    def one_token(t, e=e, expert=expert):
+  def one_token(t, x_d):
+    y_d = jnp.zeros_like(x_d)
+    for e, expert in enumerate(experts):
       mine_r = (plan.token == t) & (plan.expert == e)
-      weight = jnp.where(mine_r, plan.weight, 0).sum().astype(x_td.dtype)
-      return jnp.where(mine_r.any(), expert(x_td[t]), 0) * weight
+      weight = jnp.where(mine_r, plan.weight, 0).sum().astype(x_d.dtype)
+      y_d = y_d + jnp.where(mine_r.any(), expert(x_d), 0) * weight
+    return y_d
 
-    y_td = y_td + jax.lax.map(one_token, jnp.arange(x_td.shape[0], dtype=jnp.int32))
+  y_td = jax.vmap(one_token)(jnp.arange(x_td.shape[0], dtype=jnp.int32), x_td)
   return y_td.reshape(x.shape)
 
 

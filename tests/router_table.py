@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moejax import Context, MoE, oracle
@@ -209,6 +210,75 @@ def outputs(row, x, context) -> jax.Array:
   return program(row, gradient=False)(unchanged_layer(row), x, context)[0]
 
 
+@functools.cache
+def draws():
+  """20 draws of four sequences, and what is asked of them: the arguments of `promised_outputs`.
+
+  What was changed -> x `[20, 4, 8, D]`, and where a router is in its life -> contexts with a leading axis of as many.
+  """
+
+  def draw(seed):
+    seeds = range(seed, seed + 20)
+    x = jnp.stack([tokens(seed, (4, 8, D)) for seed in seeds])
+    return x, jnp.stack([ids(seed, (4, 8)) for seed in seeds])
+
+  drawn, new = draw(100), draw(200)
+  later = [a.at[:, 1, 4:].set(b[:, 1, 4:]) for a, b in zip(drawn, new, strict=True)]
+  others = [b.at[:, 2].set(a[:, 2]) for a, b in zip(drawn, new, strict=True)]
+  of = lambda **options: jax.vmap(lambda ids: context(token_ids=ids, **options))
+  lives = {'train': of(), 'eval': of(train=False), 'without a key': of(train=False, rng=None)}
+  return {
+    what: (x, {life: of(ids) for life, of in lives.items()})
+    for what, (x, ids) in {'nothing': drawn, 'later': later, 'others': others}.items()
+  }
+
+
+@functools.cache
+def promise_program(row):
+  """`(x, contexts of each life) -> outputs of each`, with a leading axis of draws; one program for all lives."""
+  graph, state = nnx.split(unchanged_layer(row))
+
+  @jax.jit
+  def run(state, x, contexts):
+    layer = nnx.merge(graph, state)
+    one = lambda drawn: {life: layer(drawn[0], known)[0] for life, known in drawn[1].items()}
+    return jax.lax.map(one, (x, contexts))
+
+  return lambda *drawn: jax.tree.map(np.asarray, run(state, *drawn))
+
+
+@functools.cache
+def promised_outputs(row):
+  """What was changed -> life -> outputs `[20, 4, 8, D]`."""
+  return {what: promise_program(row)(*drawn) for what, drawn in draws().items()}
+
+
+@functools.cache
+def plan_of(row):
+  """What the router makes of the usual tokens, operation by operation."""
+  return unchanged_layer(row).router(tokens(), context())
+
+
+@functools.cache
+def rows_program(dispatch):
+  """`(experts, x [T, D], rows) -> y, gradients by all three`: what a dispatch sees of a router is its rows.
+
+  Compiled once for all routers whose rows are as many. Gradients are those of a fixed random projection of y.
+  """
+
+  def scalar(state, x, weight, rows, graph):
+    y = dispatch(x, dataclasses.replace(rows, weight=weight), nnx.merge(graph, state))
+    return (y * jax.random.normal(jax.random.key(3), y.shape, y.dtype)).sum(), y
+
+  run = jax.jit(jax.grad(scalar, (0, 1, 2), has_aux=True), static_argnums=4)
+
+  def call(experts, x, rows):
+    graph, state = nnx.split(experts)
+    return run(state, x, rows.weight, rows, graph)
+
+  return call
+
+
 def widen(layer: MoE) -> MoE:
   graph, state = nnx.split(layer)
 
@@ -226,6 +296,6 @@ def rotated(layer: MoE) -> MoE:
 
 def check_close(got, want, tolerance):
   """Largest difference, relative to the largest entry of `want`."""
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    scale = max(float(jnp.abs(b).max()), 1e-3)
-    assert float(jnp.abs(a - b).max()) <= tolerance * scale
+  for pair in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = (np.asarray(leaf, np.float64) for leaf in pair)
+    assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-3)

@@ -11,7 +11,8 @@ from flax import nnx
 
 import moejax
 from moejax import Assignment, Context, SoftPlan, oracle
-from moejax.moe.dispatch import DISPATCHES
+from moejax.moe.dispatch import DISPATCHES, fused
+from moejax.moe.zero_computation import rows_of_bank
 from moejax.routers import ROUTERS
 from moejax.routers.weighting import WEIGHTINGS
 from tests.router_table import (
@@ -26,13 +27,19 @@ from tests.router_table import (
   by_oracle,
   check_close,
   context,
+  draws,
   ids,
   make_layer,
   outputs,
+  plan_of,
   program,
+  promise_program,
+  promised_outputs,
   rotated,
+  rows_program,
   through,
   tokens,
+  unchanged_layer,
   widen,
 )
 
@@ -45,7 +52,8 @@ def row(request):
   Linux's limit of 65,530 a process.
   """
   yield request.param
-  program.cache_clear()
+  for of_the_row in (program, promise_program, promised_outputs, plan_of, unchanged_layer):
+    of_the_row.cache_clear()
   maps = pathlib.Path('/proc/self/maps')
   if not maps.exists() or maps.read_bytes().count(b'\n') > 10_000:
     jax.clear_caches()
@@ -78,9 +86,26 @@ def test_value_and_gradient_are_the_oracles_in_float64(row):
   check_close((y, gradients), (want, want_gradients), 1e-10)
 
 
-@pytest.mark.parametrize('row', [row for row in ROWS if row not in SCORERS])
+SLOTS = ('soft', 'soft_combine', 'mixture_of_tokens')
+"""Rows whose slots no dispatch sees."""
+
+
+@pytest.mark.parametrize('row', [row for row in ROWS if row not in SLOTS])
+def test_every_dispatch_is_the_fused_one(row):
+  """In value and gradient, by all that a dispatch sees of the router, which is its rows."""
+  layer, x = unchanged_layer(row), tokens().reshape(-1, D)
+  rows = rows_of_bank(plan_of(row), E)
+  want = rows_program(fused)(layer.experts, x, rows)
+  for name in set(DISPATCHES) - {'fused'}:
+    check_close(rows_program(DISPATCHES[name])(layer.experts, x, rows), want, 1e-5)
+  moved = dataclasses.replace(rows, expert=jnp.where(rows.expert < E, (rows.expert + 1) % E, E))
+  with pytest.raises(AssertionError):
+    check_close(rows_program(fused)(layer.experts, x, moved), want, 1e-2)
+
+
+@pytest.mark.parametrize('row', ['top_k', 'token_major', 'expert_choice', 'ada_moe', 'soft'])
 @pytest.mark.parametrize('dispatch', sorted(set(DISPATCHES) - {'fused'}))
-def test_every_dispatch_is_the_fused_one(row, dispatch):
+def test_a_layer_with_any_dispatch_is_the_one_with_the_fused(row, dispatch):
   layer, x = make_layer(row), tokens()
   got = program(row, dispatch=DISPATCHES[dispatch])(layer, x, context())
   check_close(got, program(row)(layer, x, context()), 1e-5)
@@ -91,55 +116,36 @@ def test_jit_is_eager(row):
   check_close(program(row)(layer, x, context())[:3], by_layer(layer, x, context()), 1e-5)
 
 
-def changes(row, train, perturb, where) -> float:
-  """Largest change of the outputs selected by `where` when `perturb` rewrites tokens and ids; over 20 draws."""
-  shape = (4, 8, D)
-  worst = 0.0
-  for seed in range(20):
-    x = tokens(100 + seed, shape)
-    other = perturb(x, tokens(200 + seed, shape))
-    x_ids = ids(100 + seed, shape[:2])
-    other_ids = perturb(x_ids, ids(200 + seed, shape[:2]))
-    before, after = (
-      where(outputs(row, value, context(train, token_ids=value_ids)))
-      for value, value_ids in ((x, x_ids), (other, other_ids))
-    )
-    worst = max(worst, float(np.abs(np.asarray(before) - np.asarray(after)).max()))
-  return worst
+def change(row, what, life, where) -> float:
+  """Largest change of these outputs when `what` of tokens and ids is rewritten; over 20 draws."""
+  before, after = (promised_outputs(row)[key][life][where] for key in ('nothing', what))
+  return float(np.abs(before - after).max())
 
 
-@pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
-def test_later_tokens_change_earlier_outputs_only_where_the_flag_says_so(row, train):
-  flags = make_layer(row).router.flags
-  safe = flags.prefix_safe_train if train else flags.prefix_safe_eval
-  change = changes(row, train, lambda x, new: x.at[1, 4:].set(new[1, 4:]), lambda y: y[1, :4])
-  assert (change < 1e-6) if safe else (change > 1e-3)
+@pytest.mark.parametrize('life', ['train', 'eval'])
+def test_later_tokens_change_earlier_outputs_only_where_the_flag_says_so(row, life):
+  flags = unchanged_layer(row).router.flags
+  safe = flags.prefix_safe_train if life == 'train' else flags.prefix_safe_eval
+  worst = change(row, 'later', life, np.s_[:, 1, :4])
+  assert (worst < 1e-6) if safe else (worst > 1e-3)
 
 
 def test_other_sequences_change_outputs_only_where_the_flag_says_so(row):
   """The flag promises both for training and for evaluation; some routers break it in training only."""
-  flags = make_layer(row).router.flags
-  others = jnp.array([0, 1, 3])
-
-  def change(train):
-    return changes(row, train, lambda x, new: x.at[others].set(new[others]), lambda y: y[2])
-
-  worst = max(change(train=True), change(train=False))
-  assert (worst < 1e-6) if flags.batch_free else (worst > 1e-3)
+  worst = max(change(row, 'others', life, np.s_[:, 2]) for life in ('train', 'eval'))
+  assert (worst < 1e-6) if unchanged_layer(row).router.flags.batch_free else (worst > 1e-3)
 
 
 def test_evaluation_needs_no_key_and_ignores_it(row):
   """Where the flag says otherwise, a key is not needed either, but two keys give two outputs."""
-  shape = (4, 8, D)
-  x, x_ids = tokens(shape=shape), ids(shape=shape[:2])
-  keyless = outputs(row, x, context(train=False, rng=None, token_ids=x_ids))
-  keyed = outputs(row, x, context(train=False, token_ids=x_ids))
-  if make_layer(row).router.flags.deterministic_eval:
+  found = promised_outputs(row)['nothing']
+  keyless, keyed = found['without a key'], found['eval']
+  if unchanged_layer(row).router.flags.deterministic_eval:
     np.testing.assert_array_equal(keyless, keyed)
   else:
-    assert float(jnp.abs(keyless - keyed).max()) > 1e-3
-    again = outputs(row, x, context(train=False, rng=None, token_ids=x_ids))
-    np.testing.assert_array_equal(keyless, again)
+    assert np.abs(keyless - keyed).max() > 1e-3
+    again = promise_program(row)(*draws()['nothing'])
+    np.testing.assert_array_equal(keyless, again['without a key'])
 
 
 def test_the_task_moves_the_router_and_every_used_expert(row):
@@ -246,8 +252,7 @@ def test_equal_experts_are_one_dense_layer_up_to_the_weights(row):
 
 def test_a_plan_keeps_its_own_contract(row):
   """Indices in range, dropped rows weigh nothing, chunks of rows stay in their chunk of tokens."""
-  layer, x = make_layer(row), tokens()
-  plan = layer.router(x, context())
+  layer, plan = unchanged_layer(row), plan_of(row)
   if isinstance(plan, SoftPlan):
     assert layer.router.rows_per_token(S) == plan.dispatch[0, 0].size / (plan.across or S)
     if plan.across:
