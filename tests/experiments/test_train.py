@@ -92,12 +92,17 @@ def test_a_run_that_breaks_and_is_started_again_is_the_unbroken_run(tmp_path, mo
 
 @pytest.mark.slow
 def test_killed_and_stopped_and_started_again_is_the_unbroken_run(tmp_path):
-  """SIGKILL while it trains, then SIGTERM while it trains, then to the end: in processes of their own."""
+  """SIGKILL while it trains, then SIGTERM while it trains, then to the end: in processes of their own.
+
+  The unbroken run and the broken one are each compiled anew; the broken one reads its programs when it starts again.
+  """
   steps = ['--config.steps=40', '--config.checkpoint.every=5']
 
   def start(workdir):
     command = [sys.executable, '-m', 'experiments.train', *SMALL, *steps, f'--workdir={workdir}']
     environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    environment['JAX_COMPILATION_CACHE_DIR'] = f'{workdir}-programs'
+    environment['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
   def wait_for_line(workdir, count, process):
