@@ -84,6 +84,10 @@ def notes(work: Workload, layout: Layout) -> list[str]:
     said.append(
       'Of latent attention over the axis tensor one small step was compiled: its traffic is a guess.'
     )
+  if layout.tensor > 1 and work.settings.model.depth_layers:
+    said.append(
+      'Of blocks that tokens skip no step was compiled over the axis tensor: what their routers send there is left out.'
+    )
   moe = work.settings.model.moe
   left = sorted({*moe.exchange_options}.difference(exchange_options(layout.exchange)))
   if left:

@@ -12,6 +12,7 @@ from experiments.planning.chips import parse_topology
 from experiments.planning.exchanges import worked_on
 from experiments.planning.memory import attention, experts, layer, memory
 from experiments.planning.moves import by_kind
+from experiments.planning.report import notes
 from experiments.planning.roofline import memory_bytes, products
 from experiments.planning.search import own_layout, plan_of, search
 from experiments.planning.tensors import data_shape
@@ -121,8 +122,9 @@ def test_a_stack_of_skipped_blocks_needs_less_memory_at_once_and_one_that_is_not
   assert layer(every, layout) < layer(work, layout)
   # what the backward pass starts from are the inputs of all layers, whole
   assert memory(work, layout)['activations'] == memory(whole, layout)['activations']
-  some = dataclasses.replace(layout, sizes=layout.sizes | {'tensor': 1})
-  assert memory(work, some) == memory(work, layout)
+  beside = dataclasses.replace(layout, sizes=layout.sizes | {'tensor': 2})
+  assert len(notes(work, beside)) == 1 + len(notes(work, layout))
+  assert 'blocks that tokens skip' in notes(work, beside)[-1]
 
 
 def test_rows_of_heads_that_are_experts_stay_and_their_matrices_come():
