@@ -24,6 +24,7 @@ from experiments.planning.compiled import LIVES, Comparison, compare, compile_st
 from experiments.planning.page import write_page
 from experiments.planning.search import own_layout, plan_of, search
 from experiments.planning.workload import Layout, Workload, workload
+from experiments.workdir import config_name
 
 TRAFFIC_ERROR = 0.05
 """Relative error of a collective's bytes that `--check` lets pass."""
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
       '--kernels with --check is not accepted: what is compiled has the default bodies'
     )
   work = workload(settings, topology.chip.kind, kernels=own['kernels'])
-  name = workdir.name.rpartition('-20')[0] or workdir.name
+  name = config_name(workdir)
   print(report.heading(name, work, topology))
   if own['layout'] == 'config':
     plans = [plan_of(work, own_layout(settings, topology.devices), topology)]

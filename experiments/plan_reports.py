@@ -53,10 +53,9 @@ _LESSONS = (
   'microbatch; sums that the compiler leaves whole on every device though each keeps a shard alone, which shapes do '
   'not tell; gathers over a whole pod of three dimensions, which it writes as sums of shards among zeros; and beside '
   'the axis `tensor`, float32 logits where the batch is sharded over more axes than `fsdp`, since '
-  'tokens are cut by model width there and the head is not. Of latent attention beside `tensor=8` the plan is '
-  'wrong: the compiler leaves tokens whole there, and sends far less over `tensor` than was predicted. Not predicted '
-  'either: where it gathers the table to look tokens up, which is what narrow steps send more over `fsdp`. Of an '
-  'exchange with a fallback only what every step sends is compared.'
+  'tokens are cut by model width there and the head is not. Not predicted either: where it gathers the table to look '
+  'tokens up, which is what narrow steps send more over `fsdp`. Of an exchange with a fallback only what every step '
+  'sends is compared.'
 )
 
 

@@ -61,6 +61,11 @@ def fresh(config_name: str) -> Path:
   return Path('runs') / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
 
 
+def config_name(workdir: Path) -> str:
+  """The name of a folder without date and time, where it has them."""
+  return re.sub(r'-\d{8}-\d{6}$', '', workdir.name)
+
+
 def config_path(workdir: Path) -> Path:
   return workdir / 'config.json'
 

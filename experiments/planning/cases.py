@@ -127,9 +127,7 @@ CASES: dict[str, Case] = {
   'qwen': _case(_QWEN, 'v5p:8x8x8', (1, 256, 1, 2), 'local', 4),
   'ling': _case('ling_300b', 'v5p:8x8x8', (1, 256, 1, 2), 'local', 4),
   'kimi_again': _case('kimi_1t', 'v5p:16x16x16', (1, 256, 16, 1), 'all_to_all', 1, held_out=True),
-  'deepseek_again': _case(
-    'deepseek_v3_671b', 'v5p:8x8x16', (1, 128, 1, 8), 'local', 16, held_out=True
-  ),
+  'deepseek_again': _case('deepseek_v3_671b', 'v5p:8x8x16', (1, 128, 1, 8), 'local', 16),
   'qwen_again': _case(_QWEN, 'v5p:8x8x8', (1, 512, 1, 1), 'local', 2, held_out=True),
   'ling_again': _case('ling_300b', 'v5p:8x8x8', (1, 256, 1, 2), 'local', 2),
   'olmoe': _case(_OLMOE, _SLICE, (1, 4, 4, 1), 'all_gather', 64),

@@ -15,7 +15,8 @@ class Move:
   """One kind of collective over the whole step.
 
   Attributes:
-    kind: 'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all' or 'ragged-all-to-all'.
+    kind: 'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'ragged-all-to-all', or 'collective-permute' of
+      gathers and sums that are taken apart.
     axes: mesh axes of the devices that work together, those of one device left out.
     size: how many devices these are.
     what: 'experts', 'heads', 'dense', 'head', 'embedding', 'router', 'tokens', 'choices', 'activations', 'logits'.

@@ -12,6 +12,10 @@ from experiments.planning.moves import Move, along, over_fsdp_alone, runs
 from experiments.planning.workload import Layout, Workload
 from moejax.scaling.ours import latent_of
 
+WINDOWED = 256 * 2**20
+"""Bytes of a device's tokens from which latent attention's outputs travel in permutations, each beside a part of the
+product that makes or reads them: compiled steps did so with 448 MiB and not with 16, and this is between."""
+
 
 def exchange(work: Workload, layout: Layout) -> Iterator[Move]:
   """Rows to their experts and back, with the numbers of these experts."""
@@ -80,7 +84,11 @@ def tensor_parallel(work: Workload, layout: Layout) -> Iterator[Move]:
 
 
 def _attention(work: Workload, layout: Layout) -> Iterator[Move]:
-  """Grouped attention reads tokens whole; latent attention adds up latents that each device has a part of."""
+  """Grouped attention reads tokens whole; latent attention adds up latents that each device has a part of.
+
+  What its heads add up to is scattered, and the gradient of that gathered for two products; both in the loops of these
+  products where the tokens are `WINDOWED`.
+  """
   model, latent = work.settings.model, latent_of(work.settings.model)
   axes, size = along(layout, ('tensor',))
   _, forward = runs(work, layout)
@@ -91,12 +99,14 @@ def _attention(work: Workload, layout: Layout) -> Iterator[Move]:
     yield Move('all-gather', axes, size, 'activations', each * gathers * model.d_model)
     yield Move('reduce-scatter', axes, size, 'activations', each * (forward + 1) * model.d_model)
     return
-  ranks = (latent.q_rank or 0) + latent.kv_rank + latent.rotary_dim
-  value = latent.value_dim or model.head_dim
-  heads = model.num_heads * (2 * model.head_dim + latent.rotary_dim + value)
+  ranks = latent.q_rank + latent.kv_rank + latent.rotary_dim
   yield Move('all-reduce', axes, size, 'activations', each * (forward + 1) * ranks)
-  yield Move('all-gather', axes, size, 'activations', each * (3 * model.d_model + heads))
-  yield Move('reduce-scatter', axes, size, 'activations', each * forward * model.d_model)
+  wide = each * model.d_model
+  if work.tokens(layout) * model.d_model * work.width >= WINDOWED:
+    yield Move('collective-permute', axes, size, 'activations', (forward + 2) * wide)
+    return
+  yield Move('all-gather', axes, size, 'activations', 2 * wide)
+  yield Move('reduce-scatter', axes, size, 'activations', forward * wide)
 
 
 def _ends(work: Workload, layout: Layout) -> Iterator[Move]:

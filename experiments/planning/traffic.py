@@ -60,8 +60,8 @@ def _weights(work: Workload, layout: Layout) -> Iterator[Move]:
     if what == 'embedding':
       yield from _embedding(work, layout, elements)
       continue
-    if sharded > 1 and layout.tensor > 1 and 'tensor' not in over:
-      yield from _beside_tensor(work, layout, what, elements, gathers[what])
+    if sharded > 1 and layout.tensor > 1 and what == 'head':
+      yield from _head_beside_tensor(work, layout, elements, gathers[what])
       continue
     if sharded > 1:
       yield Move('all-gather', fsdp, fsdp_size, what, parts * gathers[what] * whole * work.width)
@@ -98,24 +98,21 @@ def _embedding(work: Workload, layout: Layout, elements: int) -> Iterator[Move]:
   yield Move('all-reduce', others, size, 'embedding', table / fsdp_size)
 
 
-def _beside_tensor(
-  work: Workload, layout: Layout, what: str, elements: int, gathers: int
+def _head_beside_tensor(
+  work: Workload, layout: Layout, elements: int, gathers: int
 ) -> Iterator[Move]:
-  """The head, and narrow weights of latent attention: not cut over `tensor`, between tokens that are by model width.
+  """The head is not cut over `tensor`, between tokens that are by model width.
 
-  They are gathered as far as the tokens are cut, and their gradients summed as they are in each microbatch.
+  It is gathered as far as the tokens are cut, and its gradient summed in each microbatch.
   """
   parts, fsdp = layout.microbatches, layout.sizes['fsdp']
   gathered = parts * gathers * elements * work.width
-  if what == 'head' and over_fsdp_alone(layout):
-    yield Move('all-gather', ('fsdp',), fsdp, what, gathered)
+  if over_fsdp_alone(layout):
+    yield Move('all-gather', ('fsdp',), fsdp, 'head', gathered)
   else:
     part = max(1, fsdp // layout.tensor)
-    yield Move('all-gather', ('fsdp',), part, what, gathered / layout.tensor)
+    yield Move('all-gather', ('fsdp',), part, 'head', gathered / layout.tensor)
   axes, size = along(layout, BATCH_AXES)
-  if what != 'head':
-    yield Move('all-reduce', axes, size, what, parts * elements * work.width)
-    return
   cut = parts > 1 or over_fsdp_alone(layout) or fsdp == layout.tensor
   whole = elements / layout.tensor if cut else elements
-  yield Move('all-reduce', axes, size, what, parts * whole * 4)
+  yield Move('all-reduce', axes, size, 'head', parts * whole * 4)

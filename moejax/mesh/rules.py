@@ -8,6 +8,7 @@ optimizer's moments carry their parameter's path at the end of their own and so 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Rule = tuple[str, tuple[str | None, ...]]
+Axes = str | tuple[str, ...] | None
+Rule = tuple[str, tuple[Axes, ...]]
 
 SCORER = r'(moe/([a-z]+/)?|attention/)router/scorer'
 
@@ -52,9 +54,9 @@ RULES: tuple[Rule, ...] = (
   # the rest of a block: width of the model over `fsdp`, heads and hidden width over `tensor`
   (r'(attention/(query|key|value)|ffn/(gate|up))/weight', ('fsdp', 'tensor')),
   (r'attention/bias/relative_positions', ()),
-  # latent attention: narrow on one side, which a large axis does not divide
-  (r'attention/(query|kv)_down/weight', ('fsdp', None)),
-  (r'attention/(query|kv)_up/weight', (None, 'fsdp')),
+  # latent attention: narrow on one side, which a large axis does not divide; the other side is cut over both
+  (r'attention/(query|kv)_down/weight', (('tensor', 'fsdp'), None)),
+  (r'attention/(query|kv)_up/weight', (None, ('tensor', 'fsdp'))),
   # heads as experts: stacked matrices, each as narrow as a head on one side
   (r'attention/(w_query|w_value)', (None, 'fsdp', None)),
   (r'attention/w_out', (None, None, 'fsdp')),
@@ -106,15 +108,34 @@ def param_shardings(mesh: Mesh, params: Any, rules: Sequence[Rule] = RULES) -> A
 
   def place(path, leaf):
     name = path_name(path)
-    spec = P(*(axis if axis in mesh.shape else None for axis in spec_of(name, leaf.ndim, rules)))
-    for size, axis in zip(leaf.shape, spec, strict=False):
-      if axis is not None and size % mesh.shape[axis]:
+    spec = on_mesh(mesh, spec_of(name, leaf.ndim, rules))
+    for size, entry in zip(leaf.shape, spec, strict=False):
+      axes = axis_names(entry)
+      shards = math.prod(mesh.shape[axis] for axis in axes)
+      if size % shards:
+        which = 'axis' if len(axes) == 1 else 'axes'
         raise ValueError(
-          f'{name} of size {size} does not divide over mesh axis {axis}={mesh.shape[axis]}'
+          f'{name} of size {size} does not divide over mesh {which} {",".join(axes)}={shards}'
         )
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(place, params)
+
+
+def axis_names(entry: Axes) -> tuple[str, ...]:
+  """The axes of one dimension of a partition, the first one slowest."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def on_mesh(mesh: Mesh, spec: P) -> P:
+  """The partition without the axes that the mesh lacks."""
+
+  def present(entry: Axes) -> Axes:
+    if isinstance(entry, tuple):
+      return tuple(axis for axis in entry if axis in mesh.shape) or None
+    return entry if entry in mesh.shape else None
+
+  return P(*map(present, spec))
 
 
 def like_params(mesh: Mesh, tree: Any, params: Any, shardings: Any) -> Any:

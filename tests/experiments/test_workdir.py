@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +154,10 @@ def test_a_failed_write_leaves_the_old_text_and_no_rest(tmp_path, monkeypatch):
 
 def test_fresh_names_hold_no_odd_characters():
   assert workdirs.fresh('a b/../c').name.startswith('a-b-..-c-2')
+
+
+def test_the_name_of_a_config_is_that_of_a_fresh_folder_at_any_hour():
+  assert workdirs.config_name(workdirs.fresh('mixtral_8x7b')) == 'mixtral_8x7b'
+  for clock in ('000000', '204500', '235959'):  # one begins as years do
+    assert workdirs.config_name(Path(f'runs/tiny-20-20261122-{clock}')) == 'tiny-20'
+  assert workdirs.config_name(Path('runs/mine')) == 'mine'

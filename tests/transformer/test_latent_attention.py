@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.mesh.rules import param_shardings
-from moejax.mesh.traffic import axes_of, collectives
+from moejax.mesh.traffic import collective_bytes
 from moejax.transformer import (
   Decoder,
   Latent,
@@ -88,44 +88,64 @@ def test_latent_attention_equals_its_equations_token_by_token(latent, rng):
   np.testing.assert_allclose(y, by_loops(model, x, latent, segments), atol=2e-6)
 
 
+RANKS, LENGTH = 6 + 5 + 2, 64
+
+
 def on_a_mesh(sizes):
-  """`(value, gradients by parameters and x)` of four heads with the parameters where the rules say, the compiled
-  program and the mesh."""
+  """`(value, gradients by parameters and x)` of four heads with the parameters where the rules say and tokens cut by
+  model width, the compiled program and the mesh."""
   mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
   latent = Latent(q_rank=6, kv_rank=5, rotary_dim=2, value_dim=4)
   model = LatentAttention(D, 4, H, latent, causal=True, rngs=nnx.Rngs(0))
   graph, state = nnx.split(model)
   params = nnx.to_pure_dict(state)
-  placed = jax.device_put(params, param_shardings(mesh, {'attention': params})['attention'])
-  batch = NamedSharding(mesh, P(BATCH_AXES))
-  x, dy = (jax.device_put(jax.random.normal(jax.random.key(i), (2, 7, D)), batch) for i in (1, 2))
-  turn = rotation(jnp.arange(7, dtype=jnp.int32)[None, :], latent.rotary_dim)
+  rules = param_shardings(mesh, {'attention': params})['attention']
+  placed = jax.device_put(params, rules)
+  cut = NamedSharding(mesh, P(BATCH_AXES, None, 'tensor'))
+  shape = (2, LENGTH, D)
+  x, dy = (jax.device_put(jax.random.normal(jax.random.key(i), shape), cut) for i in (1, 2))
+  turn = rotation(jnp.arange(LENGTH, dtype=jnp.int32)[None, :], latent.rotary_dim)
 
   def run(params, x):
     nnx.replace_by_pure_dict(state, params)
     y = nnx.merge(graph, state)(x, turn)
-    return jax.lax.with_sharding_constraint(y, batch)
+    return jax.lax.with_sharding_constraint(y, cut)
 
-  both = jax.jit(lambda params, x, dy: (run(params, x), jax.vjp(run, params, x)[1](dy)))
-  compiled = both.lower(placed, x, dy).compile()
+  def both(params, x, dy):
+    y, back = jax.vjp(run, params, x)
+    return y, back(dy)
+
+  compiled = jax.jit(both, out_shardings=(cut, (rules, cut))).lower(placed, x, dy).compile()
   return jax.tree.map(np.asarray, compiled(placed, x, dy)), compiled, mesh
 
 
 def test_heads_of_latent_attention_over_the_axis_tensor_are_those_of_one_device():
-  """In value and gradient, beside data and fsdp too; and four devices make a head each, not all four. Over `tensor`
-  nothing travels but sums: of the outputs, and backward of the gradients of both latents and of the shared key."""
+  """In value and gradient, beside data and fsdp too; and four devices make a head each, not all four."""
   want, whole, _ = on_a_mesh((1, 1, 1, 1))
-  for sizes in ((1, 1, 1, 4), (2, 1, 1, 4), (1, 2, 1, 2)):
+  for sizes in ((1, 1, 1, 4), (2, 1, 1, 4), (1, 2, 1, 4)):
     got, compiled, mesh = on_a_mesh(sizes)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
     work = compiled.cost_analysis()['flops'] / whole.cost_analysis()['flops']
     assert work < 1.5 / mesh.size + 0.1
-    if sizes[1] == 1:  # with widths cut over fsdp XLA moves more than it must
-      over = [one for one in collectives(compiled, mesh.size) if 'tensor' in axes_of(one, mesh)]
-      assert {one.kind for one in over} == {'all-reduce'}
-      summed = 2 * 7 // sizes[0] * (D + 6 + 5 + 2) * 4
-      assert sum(one.sent for one in over) == pytest.approx(2 * 3 / 4 * summed)
+    sent = collective_bytes(compiled, mesh)
+    token = 2 * LENGTH // (sizes[0] * sizes[1]) * 4
+    # both latents and the shared key are summed each way, the outputs once (XLA:CPU does not scatter)
+    assert sent['all-reduce', ('tensor',)] == 2 * 3 / 4 * token * (2 * RANKS + D)
+    # and their gradient is gathered, where the batch is cut too for either product with it
+    gathers = 1 if mesh.size == 4 else 2
+    assert sent['all-gather', ('tensor',)] == gathers * 3 / 4 * token * D
+    assert {pair for pair in sent if 'tensor' in pair[1]} == {
+      (kind, ('tensor',)) for kind in ('all-reduce', 'all-gather')
+    }
+
+
+def test_beside_tensor_weights_of_latent_attention_travel_over_fsdp_in_parts():
+  """Narrow ones too: what a device gathers is its part of each matrix."""
+  _, compiled, mesh = on_a_mesh((1, 2, 1, 4))
+  weights = D * RANKS + 6 * 4 * (H + 2) + 5 * 4 * (H + 4) + 4 * 4 * D
+  sent = collective_bytes(compiled, mesh)
+  assert sent['all-gather', ('fsdp',)] == weights / 4 * 4 / 2
 
 
 def test_a_decoder_with_latent_attention_is_prefix_safe_and_the_same_under_jit(rng):

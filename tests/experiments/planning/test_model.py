@@ -8,6 +8,7 @@ import pytest
 from configs import common
 from configs.scale import kimi_1t, olmoe_1b_7b
 from experiments.errors import BadInput
+from experiments.planning import rows
 from experiments.planning.chips import CHIPS, Level, Topology, parse_topology
 from experiments.planning.exchanges import room
 from experiments.planning.memory import memory
@@ -232,6 +233,27 @@ def test_what_travels_over_tensor_is_counted_by_hand():
   assert sent['all-gather', ('tensor',)] == (L * (5 + 3) * token + 3 * token) / 2
   assert sent['reduce-scatter', ('tensor',)] == L * (3 + 2) * token / 2
   assert sent['all-reduce', ('tensor',)] == L * 2 * TOKENS * E * 4  # scores of routers
+
+
+@pytest.mark.parametrize('windowed', [False, True])
+def test_latent_attention_adds_up_latents_over_tensor(monkeypatch, windowed):
+  """Both latents and the shared key in both forward passes and the backward one; outputs scattered, or permuted."""
+  monkeypatch.setattr(rows, 'WINDOWED', 0 if windowed else 2**40)
+  latent = {'q_rank': 12, 'kv_rank': 8, 'rotary_dim': 4, 'value_dim': 8}
+  work, layout = of(
+    small(**{'model.attention': 'latent', 'model.latent': latent}), 'local', fsdp=8, tensor=2
+  )
+  found = [move for move in moves(work, layout) if move.axes == ('tensor',)]
+  sums = [move.whole for move in found if (move.kind, move.what) == ('all-reduce', 'activations')]
+  token = TOKENS * 2
+  assert sums == [L * 3 * token * (12 + 8 + 4)]
+  permuted = [move.whole for move in found if move.kind == 'collective-permute']
+  assert permuted == ([L * 4 * token * D] if windowed else [])
+  scattered = sum(move.whole for move in found if move.kind == 'reduce-scatter')
+  gathered = sum(move.whole for move in found if move.kind == 'all-gather')
+  experts = L * token * D
+  assert scattered == (2 + (0 if windowed else 2)) * experts
+  assert gathered == (3 + (0 if windowed else 2)) * experts + 3 * token * D
 
 
 def test_with_experts_and_tensor_the_head_adds_up_logits():
