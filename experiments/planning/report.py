@@ -80,6 +80,11 @@ def to_paste(work: Workload, layout: Layout) -> str:
 def notes(work: Workload, layout: Layout) -> list[str]:
   """What the figures of this layout suppose, a sentence each."""
   said = list(_of_exchange(work, layout)) if layout.expert > 1 else []
+  if layout.tensor > 1 and work.settings.model.attention == 'latent':
+    said.append(
+      'Of latent attention over the axis tensor two steps were compiled: from what size on its gathers and sums become '
+      'permutations is a guess.'
+    )
   if layout.tensor > 1 and work.settings.model.depth_layers:
     said.append(
       'Of blocks that tokens skip no step was compiled over the axis tensor: what their routers send there is left out.'
