@@ -95,11 +95,6 @@ def add_rows(x: Array, index: Array, rows: Array) -> Array:
   return x.at[index].add(rows, mode='promise_in_bounds')
 
 
-def read(x: Array, first: Array, width: int) -> Array:
-  """The rows `first..first + width`."""
-  return jax.lax.dynamic_slice_in_dim(x, first, width)
-
-
 def write(x: Array, rows: Array, first: Array) -> Array:
   """`x` with `rows` written from row `first` on."""
   return jax.lax.dynamic_update_slice_in_dim(x, rows, first, axis=0)

@@ -39,10 +39,12 @@ def _sizes(*sizes: int) -> np.ndarray:
   return np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
 
 
-# 512 rows among 4 experts: blocks of 128 and 32 rows on the CPU, of 64 elsewhere.
+# 512 rows among 4 experts: on the CPU a batch of 160 rows of each where loads are even enough, then blocks of 128 and
+# 32 rows; blocks of 64 elsewhere.
 CASES = (
   Case('balanced', 256, 2, 4, np.arange(512) % 4),
   Case('uneven, some dropped', 256, 2, 4, _sizes(200, 3, 150, 59, 100)),
+  Case('a little uneven', 256, 2, 4, _sizes(90, 200, 100, 100, 22)),
   Case('empty experts at both ends', 256, 2, 4, _sizes(0, 300, 212, 0, 0)),
   Case('one hot expert', 256, 2, 4, _sizes(0, 0, 512, 0, 0)),
   Case('around the block width', 256, 2, 4, _sizes(1, 127, 128, 129, 127)),

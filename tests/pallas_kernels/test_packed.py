@@ -33,7 +33,9 @@ def test_blocks_are_about_as_wide_as_a_group(num_rows, num_experts, widths):
 @jax.jit
 def count_visits(start, end):
   """How often a walk in blocks of 64 and 16 rows visits each of 1500 rows."""
-  step = lambda first, width, seen: packed.write(seen, packed.read(seen, first, width) + 1, first)
+  step = lambda first, width, seen: packed.write(
+    seen, jax.lax.dynamic_slice_in_dim(seen, first, width) + 1, first
+  )
   return packed.walk(start, end, (64, 16), step, jnp.zeros(1500, jnp.int32))
 
 

@@ -1,6 +1,7 @@
 """Which body runs where."""
 
 import functools
+import re
 import types
 
 import jax
@@ -37,22 +38,27 @@ def lower(platform, *args):
   return trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
+def multiplies_batches(text):
+  """Whether there is a product of several experts at once; for so few rows the body for CPUs makes none."""
+  return re.search(r'batching_dims.* : \(tensor<(?!1x)', text) is not None
+
+
 def test_the_cpu_walks_blocks_in_loops_and_other_platforms_multiply_batches():
-  assert 'batching_dims' not in lower('cpu')
-  assert 'batching_dims' in lower('cuda') and 'batching_dims' in lower('tpu')
+  assert not multiplies_batches(lower('cpu'))
+  assert multiplies_batches(lower('cuda')) and multiplies_batches(lower('tpu'))
 
 
 @pytest.mark.parametrize('platform', ('cpu', 'cuda', 'tpu'))
 def test_a_body_asked_for_by_name_is_taken_on_every_platform(platform):
-  assert 'batching_dims' in lower(platform, 'blocks')
-  assert 'batching_dims' not in lower(platform, 'cpu')
+  assert multiplies_batches(lower(platform, 'blocks'))
+  assert not multiplies_batches(lower(platform, 'cpu'))
 
 
 def test_gpus_of_every_generation_multiply_padded_blocks_by_xla():
   """No kernel for Hopper is a default: what is lowered for NVIDIA runs on sm_80, in float32 as in bfloat16."""
   for dtype in ('bfloat16', 'float32'):
     text = lower('cuda', None, 128, dtype)
-    assert 'batching_dims' in text and 'mosaic_gpu' not in text and 'ragged_dot' not in text
+    assert multiplies_batches(text) and 'mosaic_gpu' not in text and 'ragged_dot' not in text
 
 
 @pytest.fixture
@@ -80,8 +86,8 @@ def test_a_default_that_cannot_leaves_the_work_to_padded_blocks(platform):
   }
   of = {'cuda': (True, False, True, False), 'tpu': (True, True, False, True)}
   assert tuple(kernels.values()) == of[platform]
-  assert 'batching_dims' in lower(
-    platform, None, 128, {'cuda': 'float32', 'tpu': 'float16'}[platform]
+  assert multiplies_batches(
+    lower(platform, None, 128, {'cuda': 'float32', 'tpu': 'float16'}[platform])
   )
 
 

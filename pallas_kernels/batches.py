@@ -1,0 +1,174 @@
+"""Packed rows worked on for several experts at once, for as long as most of them have rows.
+
+A product of one expert's few rows is too small to occupy several cores, which spend much of its time waiting for each
+other. So experts are taken together, the first rows of each, a few experts at a time so that what is made of their rows
+stays in cache. Rows beyond that width, of experts with many, follow expert by expert. Where loads are so uneven that
+the batch would be mostly empty, all rows do.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .packed import NARROWEST, Plan, block_widths, iota, take, walk
+
+Array = jax.Array
+
+# Rows of several experts that are worked on at once: more make faster products, whose results leave the cache.
+BATCHED = 4096
+
+
+class Batch(NamedTuple):
+  """The first rows of all experts, for products of several experts at once.
+
+  Attributes:
+    width: rows of each expert, at most.
+    experts: how many are taken at once; divides E.
+    taken_e: int32 `[E]`, rows of each expert in the batch: none where it is not worth its work.
+    worth: bool.
+  """
+
+  width: int
+  experts: int
+  taken_e: Array
+  worth: Array
+
+
+def batch(starts: Array, num_rows: int) -> Batch | None:
+  """The batch of packed rows whose experts begin at `starts [E + 1]`; None where no loads make it worth its work.
+
+  Its width is what four of a hundred random loads exceed. Loads are too uneven where it would be less than half full,
+  or would leave over a quarter of the rows.
+  """
+  num_experts = starts.shape[0] - 1
+  mean = num_rows / num_experts
+  width = -(-math.ceil(mean + 1.75 * math.sqrt(mean)) // NARROWEST) * NARROWEST
+  if num_experts == 1 or 4 * width * num_experts > 7 * num_rows:
+    return None
+  experts = max(1, BATCHED // width)
+  experts = max(d for d in range(1, num_experts + 1) if num_experts % d == 0 and d <= experts)
+  taken_e, kept = jnp.minimum(starts[1:] - starts[:-1], width), starts[-1]
+  left = kept - jnp.sum(taken_e, dtype=jnp.int32)
+  worth = (4 * left <= kept) & (2 * kept >= num_experts * width)
+  return Batch(width, experts, jnp.where(worth, taken_e, 0), worth)
+
+
+class Rows(NamedTuple):
+  """The packed rows `first..end` of some experts, `width` of each at most.
+
+  Attributes:
+    row: `[C W]`, those of the first expert first; past the end, any.
+    inside: bool `[C W]`.
+    token: `[C W]`.
+    weight: `[C W]`, 0 past the end.
+    num_experts: C.
+  """
+
+  row: Array
+  inside: Array
+  token: Array
+  weight: Array
+  num_experts: int
+
+  def of(self, x: Array) -> Array:
+    """`x[row]` as `[C, W, ...]`, zero past the end: what other experts' rows hold may be NaN."""
+    return self.by_expert(self._real(take(x, self.row)))
+
+  def of_tokens(self, x_td: Array) -> Array:
+    """`x_td[token]` as `[C, W, D]`, zero past the end."""
+    return self.by_expert(self._real(take(x_td, self.token)))
+
+  def by_expert(self, values: Array) -> Array:
+    """`[C W, ...] -> [C, W, ...]`."""
+    return values.reshape(self.num_experts, -1, *values.shape[1:])
+
+  def put(self, x: Array, values: Array, first: int = 0) -> Array:
+    """`x` with `values [C, W, ...]` in the rows, counted from row `first` of x."""
+    flat = values.reshape(-1, *values.shape[2:]).astype(x.dtype)
+    place = jnp.where(self.inside, first + self.row, len(x))
+    return x.at[place].set(flat, mode='drop')
+
+  def _real(self, values: Array) -> Array:
+    inside = self.inside.reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(inside, values, 0)
+
+
+def rows_of(first_c: Array, end_c: Array, width: int, token_r: Array, weight_r: Array) -> Rows:
+  """The packed rows `first..end` of C experts, whose tokens and weights are given in packed order."""
+  row_cw = first_c[:, None] + iota(width)[None]
+  inside = (row_cw < end_c[:, None]).reshape(-1)
+  row = jnp.minimum(row_cw.reshape(-1), token_r.shape[0] - 1)
+  weight = jnp.where(inside, take(weight_r, row), 0)
+  return Rows(row, inside, take(token_r, row), weight, first_c.shape[0])
+
+
+def each_expert(
+  plan: Plan,
+  num_rows: int,
+  weights: Sequence[Array],
+  visit: Callable,
+  carry,
+  zeros: Sequence[Callable] = (),
+):
+  """Visits all packed rows of all experts: the batch, then what it leaves.
+
+  Args:
+    plan: where the rows are.
+    num_rows: R.
+    weights: arrays `[E, ...]`.
+    visit: `(first_c, end_c, width, weights of C experts, carry) -> (carry, sums of C experts)`, of the packed rows
+      `first..end` of each, `width` at most.
+    carry: what visits hand on.
+    zeros: make the arrays `[E, ...]` to which the sums are added.
+
+  Returns:
+    The last carry, and the sums of all experts.
+  """
+  make = lambda carry: (carry, tuple(one() for one in zeros))
+  first_e, end_e = plan.starts[:-1], plan.starts[1:]
+  cut = batch(plan.starts, num_rows)
+  if cut is None:
+    state = make(carry)
+  else:
+    together = lambda carry: _together(cut, first_e, weights, visit, carry)
+    state = jax.lax.cond(cut.worth, together, make, carry)
+    first_e = first_e + cut.taken_e
+  widths = block_widths(num_rows, first_e.size)
+  return _one_by_one(first_e, end_e, widths, weights, visit, *state)
+
+
+def _together(cut, first_e, weights, visit, carry):
+  some = lambda x: x.reshape(-1, cut.experts, *x.shape[1:])
+  every = lambda x: x.reshape(-1, *x.shape[2:])
+  step = lambda carry, xs: visit(xs[0], xs[1], cut.width, xs[2:], carry)
+  scanned = tuple(map(some, (first_e, first_e + cut.taken_e, *weights)))
+  carry, sums = jax.lax.scan(step, carry, scanned)
+  return carry, tuple(map(every, sums))
+
+
+def _one_by_one(first_e, end_e, widths, weights, visit, carry, sums):
+  """Experts that have rows `first..end`, in blocks."""
+  (having,) = jnp.nonzero(end_e > first_e, size=first_e.size, fill_value=0)
+
+  def visit_expert(i, state):
+    carry, sums = state
+    e = having[i]
+    own = lambda x: jax.lax.dynamic_slice_in_dim(x, e, 1)
+    end, weights_e = own(end_e), [own(w) for w in weights]
+
+    def visit_block(first, width, state):
+      carry, before = state
+      carry, found = visit(first[None], end, width, weights_e, carry)
+      return carry, tuple(map(jnp.add, before, found))
+
+    start = carry, tuple(map(own, sums))
+    carry, found = walk(first_e[e], end_e[e], widths, visit_block, start)
+    put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, e, 0)
+    return carry, tuple(map(put, sums, found))
+
+  return jax.lax.fori_loop(
+    0, jnp.sum(end_e > first_e, dtype=jnp.int32), visit_expert, (carry, sums)
+  )
