@@ -13,12 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .packed import NARROWEST, Plan, block_widths, iota, take, walk
+from .packed import NARROWEST, Plan, block_widths, iota, take, walk, write
 
 Array = jax.Array
 
 # Rows of several experts that are worked on at once: more make faster products, whose results leave the cache.
-BATCHED = 4096
+BATCHED = 1024
+# Rows of an expert, on average, that are a product for several cores.
+ENOUGH = 128
 
 
 class Batch(NamedTuple):
@@ -46,10 +48,11 @@ def batch(starts: Array, num_rows: int) -> Batch | None:
   num_experts = starts.shape[0] - 1
   mean = num_rows / num_experts
   width = -(-math.ceil(mean + 1.75 * math.sqrt(mean)) // NARROWEST) * NARROWEST
-  if num_experts == 1 or 4 * width * num_experts > 7 * num_rows:
+  if mean > ENOUGH or 4 * width * num_experts > 7 * num_rows:
     return None
-  experts = max(1, BATCHED // width)
-  experts = max(d for d in range(1, num_experts + 1) if num_experts % d == 0 and d <= experts)
+  experts = max(d for d in range(1, BATCHED // width + 1) if num_experts % d == 0)
+  if experts == 1:
+    return None
   taken_e, kept = jnp.minimum(starts[1:] - starts[:-1], width), starts[-1]
   left = kept - jnp.sum(taken_e, dtype=jnp.int32)
   worth = (4 * left <= kept) & (2 * kept >= num_experts * width)
@@ -60,8 +63,8 @@ class Rows(NamedTuple):
   """The packed rows `first..end` of some experts, `width` of each at most.
 
   Attributes:
-    row: `[C W]`, those of the first expert first; past the end, any.
-    inside: bool `[C W]`.
+    row: `[C W]`, those of the first expert first; past an expert's end, any, but of one expert alone its last.
+    inside: bool `[C W]`, those before the end.
     token: `[C W]`.
     weight: `[C W]`, 0 past the end.
     num_experts: C.
@@ -73,34 +76,42 @@ class Rows(NamedTuple):
   weight: Array
   num_experts: int
 
-  def of(self, x: Array) -> Array:
-    """`x[row]` as `[C, W, ...]`, zero past the end: what other experts' rows hold may be NaN."""
-    return self.by_expert(self._real(take(x, self.row)))
-
   def of_tokens(self, x_td: Array) -> Array:
-    """`x_td[token]` as `[C, W, D]`, zero past the end."""
-    return self.by_expert(self._real(take(x_td, self.token)))
+    """`x_td[token]` as `[C, W, D]`; past the end zero, or the last row again, for others' rows may hold a NaN."""
+    values = take(x_td, self.token)
+    return self.by_expert(values if self.num_experts == 1 else self._inside(values, 0))
+
+  def of(self, x: Array) -> Array:
+    """`x[row]` as `[C, W, ...]`, zero past the end, of an array with `overrun` more rows than there are."""
+    alone = self.num_experts == 1
+    values = self._read(x, self.row[0]) if alone else take(x, self.row)
+    return self.by_expert(self._inside(values, 0))
+
+  def put(self, x: Array, values: Array, first: int = 0) -> Array:
+    """`x` with `values [C, W, ...]` in the rows, counted from row `first` of x, which has `overrun` more rows."""
+    flat = values.reshape(-1, *values.shape[2:]).astype(x.dtype)
+    if self.num_experts == 1:
+      start = first + self.row[0]
+      return write(x, self._inside(flat, self._read(x, start)), start)
+    return x.at[jnp.where(self.inside, first + self.row, len(x))].set(flat, mode='drop')
 
   def by_expert(self, values: Array) -> Array:
     """`[C W, ...] -> [C, W, ...]`."""
     return values.reshape(self.num_experts, -1, *values.shape[1:])
 
-  def put(self, x: Array, values: Array, first: int = 0) -> Array:
-    """`x` with `values [C, W, ...]` in the rows, counted from row `first` of x."""
-    flat = values.reshape(-1, *values.shape[2:]).astype(x.dtype)
-    place = jnp.where(self.inside, first + self.row, len(x))
-    return x.at[place].set(flat, mode='drop')
+  def _read(self, x: Array, start: Array) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, self.row.size)
 
-  def _real(self, values: Array) -> Array:
+  def _inside(self, values: Array, others: Array | int) -> Array:
     inside = self.inside.reshape(-1, *(1,) * (values.ndim - 1))
-    return jnp.where(inside, values, 0)
+    return jnp.where(inside, values, others)
 
 
 def rows_of(first_c: Array, end_c: Array, width: int, token_r: Array, weight_r: Array) -> Rows:
   """The packed rows `first..end` of C experts, whose tokens and weights are given in packed order."""
   row_cw = first_c[:, None] + iota(width)[None]
   inside = (row_cw < end_c[:, None]).reshape(-1)
-  row = jnp.minimum(row_cw.reshape(-1), token_r.shape[0] - 1)
+  row = jnp.minimum(row_cw, jnp.maximum(end_c[:, None] - 1, 0)).reshape(-1)
   weight = jnp.where(inside, take(weight_r, row), 0)
   return Rows(row, inside, take(token_r, row), weight, first_c.shape[0])
 

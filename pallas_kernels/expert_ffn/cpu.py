@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from ..activations import hidden
 from ..batches import each_expert, rows_of
 from ..compat import zeros_like_varying
-from ..packed import add_rows, take
+from ..packed import add_rows, overrun, take
 from ..registry import accumulator
 
 
 def saved_rows(num_rows, num_experts):
   """Rows that the pre-activations of `num_rows` take."""
-  return num_rows
+  return num_rows + overrun(num_rows, num_experts)
 
 
 def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save):
@@ -81,7 +81,7 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
 
   weights = (*into, w_down)
   carry, sums = (
-    (zeros(*x_td.shape), zeros(num_rows)),
+    (zeros(*x_td.shape), zeros(saved_rows(num_rows, w_down.shape[0]))),
     [lambda w=w: zeros(*w.shape) for w in weights],
   )
   (dx_td, dweight_r), dw = each_expert(plan, num_rows, weights, visit, carry, sums)

@@ -24,8 +24,13 @@ def test_a_batch_has_the_first_rows_of_all_experts_unless_loads_are_uneven(sizes
   assert found.taken_e.tolist() == list(taken) and bool(found.worth) == (sum(taken) > 0)
 
 
-def test_experts_of_few_rows_have_no_batch_and_a_batch_takes_a_divisor_of_the_experts():
+def test_experts_of_too_few_rows_or_of_enough_have_no_batch():
+  starts = jnp.zeros(65, jnp.int32)
+  assert batch(starts, 64 * 10) is None and batch(starts, 64 * 129) is None
+  assert batch(starts, 64 * 20) is not None
+
+
+def test_a_batch_takes_a_divisor_of_the_experts():
   starts = lambda experts: jnp.zeros(experts + 1, jnp.int32)
-  assert batch(starts(64), 64 * 16) is None and batch(starts(1), 512) is None
-  assert batch(starts(60), 60 * 400).experts == 6  # of 448 rows each; nine would fit
-  assert batch(starts(7), 7 * 4000).experts == 1
+  assert batch(starts(60), 60 * 100).experts == 6  # of 128 rows each; eight would fit
+  assert batch(starts(11), 11 * 100) is None
