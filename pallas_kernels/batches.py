@@ -81,10 +81,10 @@ class Rows(NamedTuple):
     values = take(x_td, self.token)
     return self.by_expert(values if self.num_experts == 1 else self._inside(values, 0))
 
-  def of(self, x: Array) -> Array:
-    """`x[row]` as `[C, W, ...]`, zero past the end, of an array with `overrun` more rows than there are."""
+  def of(self, x: Array, first: int = 0) -> Array:
+    """`x[first + row]` as `[C, W, ...]`, zero past the end, of an array with `overrun` more rows than there are."""
     alone = self.num_experts == 1
-    values = self._read(x, self.row[0]) if alone else take(x, self.row)
+    values = self._read(x, first + self.row[0]) if alone else take(x, first + self.row)
     return self.by_expert(self._inside(values, 0))
 
   def put(self, x: Array, values: Array, first: int = 0) -> Array:
@@ -122,7 +122,7 @@ def each_expert(
   weights: Sequence[Array],
   visit: Callable,
   carry,
-  zeros: Sequence[Callable] = (),
+  zeros: Callable = lambda num_experts: (),
 ):
   """Visits all packed rows of all experts: the batch, then what it leaves.
 
@@ -133,25 +133,47 @@ def each_expert(
     visit: `(first_c, end_c, width, weights of C experts, carry) -> (carry, sums of C experts)`, of the packed rows
       `first..end` of each, `width` at most.
     carry: what visits hand on.
-    zeros: make the arrays `[E, ...]` to which the sums are added.
+    zeros: `C -> sums of C experts` that have no rows.
 
   Returns:
     The last carry, and the sums of all experts.
   """
-  make = lambda carry: (carry, tuple(one() for one in zeros))
   first_e, end_e = plan.starts[:-1], plan.starts[1:]
+  num_experts = first_e.size
+  widths = block_widths(num_rows, num_experts)
+
+  def one(first, end, weights, carry, sums):
+    """Adds the rows of one expert, in blocks."""
+
+    def visit_block(row, width, state):
+      carry, before = state
+      carry, found = visit(row[None], end[None], width, weights, carry)
+      return carry, tuple(map(jnp.add, before, found))
+
+    return walk(first, end, widths, visit_block, (carry, sums))
+
   cut = batch(plan.starts, num_rows)
   if cut is None:
-    state = make(carry)
-  else:
-    together = lambda carry: _together(cut, first_e, weights, visit, carry)
-    state = jax.lax.cond(cut.worth, together, make, carry)
-    first_e = first_e + cut.taken_e
-  widths = block_widths(num_rows, first_e.size)
-  return _one_by_one(first_e, end_e, widths, weights, visit, *state)
+    return _all(first_e, end_e, weights, one, carry, zeros)
+  together = lambda carry: _together(cut, first_e, weights, visit, carry)
+  nothing = lambda carry: (carry, zeros(num_experts))
+  carry, sums = jax.lax.cond(cut.worth, together, nothing, carry)
+  return _others(first_e + cut.taken_e, end_e, weights, one, carry, sums)
+
+
+def _all(first_e, end_e, weights, one, carry, zeros):
+  """Expert by expert."""
+
+  def visit_expert(carry, scanned):
+    first, end, *weights = scanned
+    carry, sums = one(first, end, [w[None] for w in weights], carry, zeros(1))
+    return carry, tuple(total[0] for total in sums)
+
+  return jax.lax.scan(visit_expert, carry, (first_e, end_e, *weights))
 
 
 def _together(cut, first_e, weights, visit, carry):
+  """The batch."""
   some = lambda x: x.reshape(-1, cut.experts, *x.shape[1:])
   every = lambda x: x.reshape(-1, *x.shape[2:])
   step = lambda carry, xs: visit(xs[0], xs[1], cut.width, xs[2:], carry)
@@ -160,26 +182,17 @@ def _together(cut, first_e, weights, visit, carry):
   return carry, tuple(map(every, sums))
 
 
-def _one_by_one(first_e, end_e, widths, weights, visit, carry, sums):
-  """Experts that have rows `first..end`, in blocks."""
+def _others(first_e, end_e, weights, one, carry, sums):
+  """Expert by expert, those that have rows `first..end`; their sums are added to what there is."""
   (having,) = jnp.nonzero(end_e > first_e, size=first_e.size, fill_value=0)
 
   def visit_expert(i, state):
     carry, sums = state
     e = having[i]
     own = lambda x: jax.lax.dynamic_slice_in_dim(x, e, 1)
-    end, weights_e = own(end_e), [own(w) for w in weights]
-
-    def visit_block(first, width, state):
-      carry, before = state
-      carry, found = visit(first[None], end, width, weights_e, carry)
-      return carry, tuple(map(jnp.add, before, found))
-
-    start = carry, tuple(map(own, sums))
-    carry, found = walk(first_e[e], end_e[e], widths, visit_block, start)
     put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, e, 0)
-    return carry, tuple(map(put, sums, found))
+    found = one(first_e[e], end_e[e], list(map(own, weights)), carry, tuple(map(own, sums)))
+    return found[0], tuple(map(put, sums, found[1]))
 
-  return jax.lax.fori_loop(
-    0, jnp.sum(end_e > first_e, dtype=jnp.int32), visit_expert, (carry, sums)
-  )
+  count = jnp.sum(end_e > first_e, dtype=jnp.int32)
+  return jax.lax.fori_loop(0, count, visit_expert, (carry, sums))

@@ -62,6 +62,7 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
   num_rows = token_r.shape[0]
   row_token, row_weight = take(token_r, plan.order), take(weight_r, plan.order).astype(acc)
   zeros = lambda *shape: zeros_like_varying(shape, acc, x_td)
+  flat = pre.reshape(-1, pre.shape[-1])
 
   def visit(first_c, end_c, width, weights, carry):
     dx_td, dweight_r = carry
@@ -69,7 +70,7 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
     rows = rows_of(first_c, end_c, width, row_token, row_weight)
     weight_cw = rows.by_expert(rows.weight)[:, :, None]
     x_cwd, dy_cwd = (rows.of_tokens(x).astype(acc) for x in (x_td, dy_td))
-    saved = [rows.of(p).astype(acc) for p in pre]
+    saved = [rows.of(flat, i * pre.shape[1]).astype(acc) for i in range(len(into))]
     a_cwf, pull = jax.vjp(lambda *pre_cwf: hidden(activation, pre_cwf), *saved)
     da_cwf = _matmul_t(dy_cwd, down)
     dpre = pull(da_cwf * weight_cw)
@@ -80,11 +81,9 @@ def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activat
     return (dx_td, dweight_r), dweights
 
   weights = (*into, w_down)
-  carry, sums = (
-    (zeros(*x_td.shape), zeros(saved_rows(num_rows, w_down.shape[0]))),
-    [lambda w=w: zeros(*w.shape) for w in weights],
-  )
-  (dx_td, dweight_r), dw = each_expert(plan, num_rows, weights, visit, carry, sums)
+  none = lambda experts: tuple(zeros(experts, *w.shape[1:]) for w in weights)
+  carry = zeros(*x_td.shape), zeros(saved_rows(num_rows, w_down.shape[0]))
+  (dx_td, dweight_r), dw = each_expert(plan, num_rows, weights, visit, carry, none)
   *dinto, ddown = (d.astype(w.dtype) for d, w in zip(dw, weights, strict=True))
   dweight_r = take(dweight_r, plan.position).astype(weight_r.dtype)
   return dx_td.astype(x_td.dtype), dweight_r, tuple(dinto), ddown
