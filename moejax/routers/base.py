@@ -16,11 +16,11 @@ from moejax.routers.capacity import rank_within
 from moejax.routers.expert_choice import from_groups, to_groups
 from moejax.routers.router import Flags, Router
 from moejax.routers.scorers import LinearScorer, only
-from moejax.routers.top_k import TopKAssign, best, check_name
-from moejax.routers.weighting import raw
+from moejax.routers.top_k import TopKAssign, check_name
+from pallas_kernels import pack
 
-TEMPERATURES = (1 / 8, 1 / 32, 1 / 128, 1 / 512, 1 / 2048)
-"""Of the choices that prices balance, over the range of affinities: each begins with the prices of the one before."""
+FIRST_TEMPERATURE, COOLINGS = 1 / 8, 4
+"""Of the choices that prices balance, over the range of affinities: each is a quarter of the one before."""
 ROUNDS = 8
 """Of each temperature."""
 
@@ -53,17 +53,29 @@ def balanced_assignment(
   fill = jnp.arange(most_fill, dtype=jnp.int32) < places * num_experts - count
   placed_t = jnp.concatenate([real_t, fill])
   price_e = balancing_prices(worth_te, placed_t, places)
-  expert_t = best(worth_te - price_e[None], 1)[1][:, 0]
-  expert_t = jnp.where(placed_t, expert_t, num_experts)
+  expert_t = jnp.where(placed_t, _first_best(worth_te - price_e[None]), num_experts)
 
   def overloaded(state):
-    return (_loads(state[0], num_experts) > places).any()
+    return (state[2] > places).any()
 
   def move(state):
     return _move(worth_te, places, *state)
 
-  expert_t, _ = jax.lax.while_loop(overloaded, move, (expert_t, price_e))
+  state = (expert_t, price_e, _loads(expert_t, num_experts))
+  expert_t = jax.lax.while_loop(overloaded, move, state)[0]
   return jnp.minimum(expert_t, num_experts - 1)[:num_tokens]
+
+
+def _balanced_groups(affinity_gte: Array, real_gt: Array | None) -> Array:
+  """`balanced_assignment` of every group: on a CPU one after the other, so that each stays in the cache and ends when
+  it is done."""
+
+  def one_by_one(*groups):
+    return jax.lax.map(lambda group: balanced_assignment(*group), groups)
+
+  groups = (affinity_gte,) if real_gt is None else (affinity_gte, real_gt)
+  together = jax.vmap(balanced_assignment)
+  return jax.lax.platform_dependent(*groups, cpu=one_by_one, default=together)
 
 
 def balancing_prices(
@@ -79,31 +91,46 @@ def balancing_prices(
   dtype = worth_te.dtype
   least = jnp.asarray(1e-30, dtype)
 
-  def at(price_e, temperature):
-    value_te = (worth_te - price_e[None]) / temperature
-    choice_te = jnp.exp(value_te - value_te.max(-1, keepdims=True))
-    choice_te = jnp.where(placed_t[:, None], choice_te, 0)
+  def balanced(choice_te):
 
     def one_round(_, scale_e):
       total_t = choice_te @ scale_e
       load_e = (1 / jnp.maximum(total_t, least)) @ choice_te
       return jnp.maximum(places, 1).astype(dtype) / jnp.maximum(load_e, least)
 
-    scale_e = jax.lax.fori_loop(0, ROUNDS, one_round, jnp.ones_like(price_e))
-    return price_e - temperature * jnp.log(scale_e), None
+    return jax.lax.fori_loop(0, ROUNDS, one_round, jnp.ones_like(worth_te[0]))
 
-  temperatures = jnp.asarray(TEMPERATURES, dtype)
-  return jax.lax.scan(at, jnp.zeros_like(worth_te[0]), temperatures)[0]
+  def cooled(state, temperature):
+    choice_te, scale_e, price_e = state
+    total_t = jnp.maximum(choice_te @ scale_e, least)
+    # the choice at a quarter of the temperature is the fourth power: no exponential
+    choice_te = jnp.square(jnp.square(choice_te * scale_e[None] / total_t[:, None]))
+    scale_e = balanced(choice_te)
+    return (choice_te, scale_e, price_e - temperature * jnp.log(scale_e)), None
+
+  choice_te = jnp.where(placed_t[:, None], jnp.exp(worth_te / FIRST_TEMPERATURE), 0)
+  scale_e = balanced(choice_te)
+  price_e = -FIRST_TEMPERATURE * jnp.log(scale_e)
+  temperatures = jnp.asarray([FIRST_TEMPERATURE / 4 ** (n + 1) for n in range(COOLINGS)], dtype)
+  return jax.lax.scan(cooled, (choice_te, scale_e, price_e), temperatures)[0][2]
+
+
+def _first_best(value_te: Array) -> Array:
+  """The first expert of the largest value; two passes, which a CPU makes faster than `argmax`."""
+  experts = jnp.arange(value_te.shape[1], dtype=jnp.int32)[None]
+  best_te = value_te == value_te.max(-1, keepdims=True)
+  return jnp.where(best_te, experts, experts[:, -1:]).min(-1)
 
 
 def _loads(expert_t: Array, num_experts: int) -> Array:
   return jnp.bincount(expert_t, length=num_experts + 1)[:-1].astype(jnp.int32)
 
 
-def _move(worth_te: Array, places: Array, expert_t: Array, price_e: Array) -> tuple[Array, Array]:
+def _move(
+  worth_te: Array, places: Array, expert_t: Array, price_e: Array, load_e: Array
+) -> tuple[Array, Array, Array]:
   """Chains of moves from overloaded experts to those with free places, at the least loss."""
   num_experts = price_e.size
-  load_e = _loads(expert_t, num_experts)
   value_te = worth_te - price_e[None]
   own = jnp.take_along_axis(value_te, jnp.minimum(expert_t, num_experts - 1)[:, None], 1)
   loss_te = jnp.maximum(own - value_te, 0)  # of a token that moves to another expert
@@ -111,14 +138,48 @@ def _move(worth_te: Array, places: Array, expert_t: Array, price_e: Array) -> tu
   loss_ee = jax.ops.segment_min(loss_te, expert_t, num_experts + 1)[:-1]
   free_e = load_e < places
   total_e, parent_e = _cheapest_paths(load_e > places, free_e, loss_ee)
-  from_te = expert_t[:, None] == parent_e[None]
-  token_e = _least(jnp.where(from_te, loss_te, jnp.inf))  # that comes from the parent
+  token_e = _cheapest_tokens(worth_te, expert_t, parent_e)
   moves_e = _together(free_e, parent_e, token_e, load_e - places, expert_t.size)
   experts = jnp.arange(num_experts, dtype=jnp.int32)
   token_e = jnp.where(moves_e, token_e, expert_t.size)
   expert_t = expert_t.at[token_e].set(experts, mode='drop')
   furthest = jnp.where(free_e, total_e, 0).max()
-  return expert_t, price_e - jnp.minimum(total_e, furthest)  # so that no move gains
+  price_e = price_e - jnp.minimum(total_e, furthest)  # so that no move gains
+  return expert_t, price_e, _loads(expert_t, num_experts)
+
+
+def _cheapest_tokens(worth_te: Array, expert_t: Array, parent_e: Array) -> Array:
+  """The token of each expert's parent that loses least when it comes from there.
+
+  Only the tokens of parents are looked at, as many at once as an expert has on average; of equals, experts side by
+  side begin with unlike ones, so that they choose unlike tokens.
+  """
+  num_tokens, num_experts = worth_te.shape
+  width = -(-num_tokens // num_experts)
+  packing = pack(expert_t, num_experts)
+  expert_e = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+  parent_e = jnp.maximum(parent_e, 0)
+  first_e = packing.starts[parent_e]
+  size_e = packing.starts[parent_e + 1] - first_e
+  slot_w = jnp.arange(width, dtype=jnp.int32)[None]
+
+  def look(state):
+    looked, least_e, token_e = state
+    slot_ew = looked + slot_w
+    turned_ew = (slot_ew + expert_e) % jnp.maximum(size_e, 1)[:, None]
+    token_ew = packing.order[jnp.minimum(first_e[:, None] + turned_ew, num_tokens - 1)]
+    loss_ew = worth_te[token_ew, parent_e[:, None]] - worth_te[token_ew, expert_e]
+    loss_ew = jnp.where(slot_ew < size_e[:, None], loss_ew, jnp.inf)
+    of_e = loss_ew.min(1)
+    at_e = jnp.where(loss_ew == of_e[:, None], slot_w, width - 1).min(1)
+    found_e = jnp.take_along_axis(token_ew, at_e[:, None], 1)[:, 0]
+    less_e = of_e < least_e
+    return looked + width, jnp.minimum(of_e, least_e), jnp.where(less_e, found_e, token_e)
+
+  nothing = jnp.full(num_experts, jnp.inf, worth_te.dtype)
+  state = (jnp.zeros((), jnp.int32), nothing, jnp.zeros(num_experts, jnp.int32))
+  most = size_e.max()
+  return jax.lax.while_loop(lambda state: state[0] < most, look, state)[2]
 
 
 def _least(value_re: Array) -> Array:
@@ -202,7 +263,7 @@ def _cheapest_paths(start_e: Array, end_e: Array, loss_ee: Array) -> tuple[Array
 
 @dataclasses.dataclass(frozen=True)
 class BaseAffinity:
-  """Sigmoid gates; in training the assignment selects, outside of it the logits.
+  """Logits are what weights are made of; in training the assignment selects, outside of it the logits.
 
   Attributes:
     group: 'sequence' or 'batch', the tokens that share the places.
@@ -214,11 +275,12 @@ class BaseAffinity:
     self, logits_bse: Array, std: Array | None, bias_e: Array | None, context: Context
   ) -> Scores:
     scores = TokenAffinity('sigmoid', 1)(logits_bse, std, bias_e, context)
+    scores = dataclasses.replace(scores, gate=logits_bse)
     if not context.train:
       return scores
     affinity_gte = to_groups(jax.lax.stop_gradient(logits_bse), self.group)
     real_gt = None if context.mask is None else to_groups(context.mask, self.group)
-    expert_gt = jax.vmap(balanced_assignment)(affinity_gte, real_gt)
+    expert_gt = _balanced_groups(affinity_gte, real_gt)
     expert_bs = from_groups(expert_gt, self.group, (logits_bse.shape[0], logits_bse.shape[1]))
     return dataclasses.replace(
       scores, select=only(expert_bs, logits_bse.shape[-1], logits_bse.dtype)
@@ -257,7 +319,7 @@ def base(
   return Router(
     LinearScorer(d_model, num_experts, init=init, rngs=rngs),
     BaseAffinity(group),
-    TopKAssign(1, raw),
+    TopKAssign(1, jax.nn.sigmoid),
     num_experts=num_experts,
     flags=Flags(prefix_safe_train=False, prefix_safe_eval=True, batch_free=group == 'sequence'),
     choices=1,

@@ -18,7 +18,6 @@ from moejax.arrays import Context, Scores
 from moejax.routers.affinity import softmax
 from moejax.routers.router import Flags, Router
 from moejax.routers.top_k import TopKAssign
-from moejax.routers.weighting import raw
 from moejax.transformer.linear import product
 
 
@@ -55,7 +54,7 @@ def _unit(x: Array, axis: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterGate:
-  """Sigmoid weights; in training, selection among the experts that survive.
+  """Logits are what weights are made of; in training, selection among the experts that survive.
 
   Attributes:
     clusters: how many.
@@ -88,11 +87,10 @@ class ClusterGate:
       survives_e = self.survivors(logits_bse.shape[-1], progress)
       select_bse = jnp.where(survives_e[None, None], logits_bse, -jnp.inf)
     probs_bse, partition_bs = softmax(logits_bse)
-    gate_bse = jax.nn.sigmoid(logits_bse)
     return Scores(
       logits_bse,
       select_bse,
-      gate_bse,
+      logits_bse,
       probs_bse,
       partition=partition_bs,
       clusters=self.clusters,
@@ -140,7 +138,7 @@ def moec(
   return Router(
     ClusterScorer(d_model, num_experts, width, rngs=rngs),
     ClusterGate(clusters, dropout, resamples, seed),
-    TopKAssign(1, raw),
+    TopKAssign(1, jax.nn.sigmoid),
     num_experts=num_experts,
     flags=Flags(prefix_safe_train=True, prefix_safe_eval=True, batch_free=True),
     choices=1.0,

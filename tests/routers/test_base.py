@@ -57,6 +57,14 @@ def test_many_small_experts_and_tokens_of_which_many_are_equal(kinds, rng):
   assert affinity[np.arange(256), expert].sum(dtype=np.float64) == pytest.approx(best, abs=2e-3)
 
 
+def test_groups_are_assigned_together_as_each_alone(rng):
+  """Groups that end after unlike numbers of moves, as accelerators work on them."""
+  groups = np.stack([draw(name, rng) for name in CASES])
+  together = np.asarray(jax.jit(jax.vmap(balanced_assignment))(groups))
+  for affinity, expert in zip(groups, together, strict=True):
+    np.testing.assert_array_equal(expert, np.asarray(solve(affinity)))
+
+
 def test_a_number_of_tokens_that_does_not_divide(rng):
   """22 tokens on 4 experts without padding: none has more than 6."""
   affinity = draw('any', rng)[:22]
