@@ -44,10 +44,12 @@ def balanced_assignment(
   count = real_t.sum(dtype=jnp.int32)
   places = (count + num_experts - 1) // num_experts
   # a constant for a token changes nothing, and makes the range that of choices
-  worth_te = affinity_te - affinity_te.max(-1, keepdims=True)
-  known_t = real_t & jnp.isfinite(worth_te).all(-1)
-  worth_te = jnp.where(known_t[:, None], worth_te, 0)
-  worth_te = worth_te / jnp.maximum(-worth_te.min(), jnp.finfo(worth_te.dtype).tiny)
+  most_t = affinity_te.max(-1)
+  range_t = most_t - affinity_te.min(-1)
+  known_t = real_t & jnp.isfinite(range_t)
+  span = jnp.where(known_t, range_t, 0).max()
+  span = jnp.maximum(span, jnp.finfo(affinity_te.dtype).tiny)
+  worth_te = jnp.where(known_t[:, None], (affinity_te - most_t[:, None]) / span, 0)
   # as many tokens without affinity as fill all places
   worth_te = jnp.pad(worth_te, ((0, most_fill), (0, 0)))
   fill = jnp.arange(most_fill, dtype=jnp.int32) < places * num_experts - count
