@@ -17,6 +17,7 @@ from moejax.routers.affinity import TokenAffinity
 from moejax.routers.router import Flags, Router
 from moejax.routers.rows import token_rows
 from moejax.routers.scorers import LinearScorer
+from moejax.routers.weighting import normalised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,8 @@ class NullAssign:
     _, expert_bsk = jax.lax.top_k(scores.select, self.k)
     true_bsk = expert_bsk < num_all - scores.nulls
     gate_bsk = jnp.where(true_bsk, jnp.take_along_axis(scores.gate, expert_bsk, -1), 0)
-    # a token with null experts only: 0 / 1, not 0 / 0
-    total_bs = jnp.where(true_bsk.any(-1), gate_bsk.sum(-1), 1)
-    weight_bsk = gate_bsk / total_bs[..., None]
+    # of null experts alone, and where those of the true ones are no numbers beside theirs: 0, not 0 / 0
+    weight_bsk = normalised(gate_bsk)
     return token_rows(expert_bsk, weight_bsk, jnp.ones_like(true_bsk), num_all, context)
 
 

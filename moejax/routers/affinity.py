@@ -10,6 +10,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
 from moejax.arrays import Context, Scores
+from moejax.routers.weighting import LEAST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TokenAffinity:
     probs_bse, partition_bs = _squash(self.function, logits_bse)
     gate_bse = probs_bse if std is None else _squash(self.function, noisy_bse)[0]
     if self.function == 'sigmoid':
-      probs_bse = probs_bse / jnp.maximum(probs_bse.sum(-1, keepdims=True), 1e-20)
+      probs_bse = probs_bse / jnp.maximum(probs_bse.sum(-1, keepdims=True), LEAST)
     select_bse = (
       noisy_bse if bias_e is None else gate_bse + bias_e.astype(gate_bse.dtype)[None, None]
     )

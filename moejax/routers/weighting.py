@@ -10,6 +10,9 @@ from jaxtyping import Array, Float
 
 Weights = Callable[[Array], Array]
 
+LEAST = 1e-15
+"""Sums count as no less; the gradient of a quotient has its inverse square, which must be a float32 too."""
+
 
 def raw(gate: Float[Array, '*batch K']) -> Float[Array, '*batch K']:
   """The gate as it is: Switch, V-MoE, DeepSeekMoE (softmax); BASE (sigmoid)."""
@@ -21,12 +24,12 @@ def normalised(gate: Float[Array, '*batch K']) -> Float[Array, '*batch K']:
 
   With a softmax gate this equals a softmax over the chosen logits.
   """
-  return gate / jnp.maximum(gate.sum(-1, keepdims=True), 1e-20)
+  return gate / jnp.maximum(gate.sum(-1, keepdims=True), LEAST)
 
 
 def normalised_stop_gradient(gate: Float[Array, '*batch K']) -> Float[Array, '*batch K']:
   """Sum is one, the gradient that of the raw gate: Mixture of Attention Heads, Zhang et al. 2022."""
-  return gate / jax.lax.stop_gradient(jnp.maximum(gate.sum(-1, keepdims=True), 1e-20))
+  return gate / jax.lax.stop_gradient(jnp.maximum(gate.sum(-1, keepdims=True), LEAST))
 
 
 def unweighted(gate: Float[Array, '*batch K']) -> Float[Array, '*batch K']:

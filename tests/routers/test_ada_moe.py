@@ -103,3 +103,13 @@ def test_the_balance_loss_brings_the_mean_number_of_true_experts():
 def test_bad_options_are_refused_in_one_sentence(options, message):
   with pytest.raises(ValueError, match=message):
     make('ada_moe', **options)
+
+
+def test_a_true_expert_of_no_probability_beside_a_null_one_has_weight_zero():
+  """A softmax of which one part is exactly 0 in float32: its share of the true experts is 0, not 0 / 0."""
+  logits = jnp.array([[-200.0, 0.0]])
+  plan, _ = ada(logits, k=2, nulls=1)
+  np.testing.assert_array_equal(plan.expert, [1, 0])
+  np.testing.assert_array_equal(plan.weight, [0, 0])
+  gradient = jax.grad(lambda logits: ada(logits, k=2, nulls=1)[0].weight.sum())(logits)
+  np.testing.assert_array_equal(gradient, [[0, 0]])

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.routers.affinity import softmax
+from moejax import Context
+from moejax.routers.affinity import TokenAffinity, softmax
+from moejax.routers.weighting import WEIGHTINGS
 
 LOGITS = {
   'any': [[0.3, -1.2, 2.0, 0.1], [5.0, 5.0, -5.0, 0.0]],
@@ -48,3 +50,17 @@ def test_gradients_go_through_either_output_alone_and_twice(part):
   for derivative in (slope, curvature):
     got, want = (derivative(function)(logits) for function in (softmax, by_jax))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('weighting', ['sigmoid_norm', 'softmax_topk_norm_sg'])
+def test_weights_of_experts_that_nobody_wants_are_zero_and_so_is_their_gradient(weighting):
+  """Sigmoids that are 0 in float32, and shares of them: no 0 / 0, neither forward nor backward."""
+  weights = WEIGHTINGS[weighting][1]
+
+  def loss(logits):
+    scores = TokenAffinity('sigmoid', 2)(logits, None, None, Context())
+    return weights(scores.gate).sum() + scores.probs.sum()
+
+  value, gradient = jax.value_and_grad(loss)(jnp.full((1, 1, 3), -200.0))
+  assert float(value) == 0
+  np.testing.assert_array_equal(gradient, jnp.zeros((1, 1, 3)))
