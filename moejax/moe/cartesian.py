@@ -35,8 +35,8 @@ class CartesianMoE(nnx.Module):
     rngs: source of the initial parameters.
     dtype, options: of `MoE`; `num_shared` shared sub-experts belong to the paper's layer.
 
-  Statistics and metrics have 2 e entries, those of B after those of A: `balance`, `z` and `entropy` are then the sums
-  of the losses of the two.
+  Statistics and metrics have 2 e entries, those of B after those of A: `balance`, `cluster_balance`, `z` and
+  `entropy` are then the sums of the losses of the two.
 
   Raises:
     ValueError: d_ff is odd, or an option of `MoE` out of its range.
@@ -112,4 +112,5 @@ def side_by_side(first: RoutingStats, second: RoutingStats) -> RoutingStats:
     return jnp.concatenate([a, b], -1) if a.ndim else a + b
 
   both = jax.tree.map(join, first, second)
-  return dataclasses.replace(both, tokens=first.tokens)
+  clusters = 1 if first.clusters == 1 else first.clusters + second.clusters  # none spans the two
+  return dataclasses.replace(both, tokens=first.tokens, clusters=clusters)

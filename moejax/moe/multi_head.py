@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Aux, Context
 from moejax.moe.layer import MoE
-from moejax.routers.router import Flags
+from moejax.routers.router import Flags, Router
 from moejax.transformer.linear import Linear
 
 _half_xavier = nnx.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')  # gain 1 / sqrt(2)
@@ -79,7 +79,7 @@ class MultiHeadMoE(nnx.Module):
     *lead, num_positions, width = x.shape
     context = context or Context()
     parts = self.split(x).reshape(*lead, num_positions * self.heads, width // self.heads)
-    y, aux = self.moe(parts, repeat_positions(context, self.heads))
+    y, aux = self.moe(parts, repeat_positions(context, self.heads, x.ndim))
     y = self.merge(y.reshape(x.shape)).astype(x.dtype)
     if context.mask is not None:
       y = jnp.where(context.mask[..., None], y, 0)
@@ -89,6 +89,11 @@ class MultiHeadMoE(nnx.Module):
     """As of `MoE`, of sub-tokens."""
     b, s, d = x_bsd.shape
     return self.moe.initial_state(x_bsd.reshape(b, s * self.heads, d // self.heads))
+
+  @property
+  def router(self) -> Router:
+    """The router of the sub-tokens."""
+    return self.moe.router
 
   @property
   def flags(self) -> Flags:
@@ -110,10 +115,12 @@ class MultiHeadMoE(nnx.Module):
     return flops | {'split_and_merge': 2 * 2 * self.split.weight.shape[-1] ** 2}
 
 
-def repeat_positions(context: Context, times: int) -> Context:
-  """The context of a sequence of which every position stands `times` times side by side."""
+def repeat_positions(context: Context, times: int, ndim: int = 3) -> Context:
+  """The context of tokens x of so many axes, of which every position stands `times` times side by side."""
   arrays = {name: getattr(context, name) for name in ('mask', 'token_ids', 'positions', 'maps')}
   repeated: dict[str, Any] = {
     name: jnp.repeat(array, times, -1) for name, array in arrays.items() if array is not None
   }
+  if context.domain is not None and context.domain.ndim == ndim:  # one for every position
+    repeated['domain'] = jnp.repeat(context.domain, times, -2)
   return dataclasses.replace(context, **repeated)

@@ -134,3 +134,12 @@ def test_a_model_whose_tokens_skip_blocks_is_counted_and_takes_a_step():
   whole, skipped = 6 * 2 * (weights + scores(6)), 2 * 2 * (weights + scores(2))
   around = 6 * (2 * 8 * 16 + 2 * (2 * 8 + 2 * 9 * 8))
   assert training_flops(settings, STREAM) == 3 * 2 * (whole + skipped + around)
+
+
+def test_the_bias_of_sub_tokens_can_be_moved():
+  """MH-MoE with loss-free balancing: its router has a bias as that of plain experts has."""
+  config = common.get_config()
+  config.model.moe.kind = 'multi_head'
+  config.model.moe.router = {'name': 'top_k', 'k': 2, 'balance_bias': True}
+  config.optim.bias_rate = 1e-3
+  check_routing(Settings.from_config(config))

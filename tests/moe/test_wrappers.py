@@ -111,6 +111,30 @@ def test_losses_of_two_mixtures_are_the_sum():
   assert float(aux.stats.tokens) == 10
 
 
+def test_clusters_of_two_mixtures_stay_apart():
+  """Two nodes in either mixture: the loss between nodes is the sum of the two, not one between the mixtures."""
+  router = {'name': 'smile', 'nodes': 2}
+  layer, x = cartesian(router=router, losses={'cluster_balance': 1.0}), tokens()
+  layer.first.router.scorer.kernel[...] = jax.random.normal(jax.random.key(2), (D, 4))
+  aux = layer(x)[1]
+  a, first = layer.first(x)
+  _, second = layer.second(layer.norm(x + a))
+  parts = [float(losses.cluster_balance(one.stats)) for one in (first, second)]
+  assert parts[0] != pytest.approx(parts[1], abs=1e-3)
+  assert float(aux.losses['cluster_balance']) == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_sub_tokens_hear_what_their_position_does():
+  """One embedding for every position, alike in the whole sequence, is one for the sequence."""
+  layer = MultiHeadMoE(D, 6, 4, {'name': 'speech_moe', 'width': 3}, heads=2, rngs=nnx.Rngs(0))
+  heard = jax.random.normal(jax.random.key(4), (2, 3))
+  everywhere = jnp.broadcast_to(heard[:, None], (2, 5, 3))
+  want = layer(tokens(), Context(domain=heard))[0]
+  np.testing.assert_allclose(layer(tokens(), Context(domain=everywhere))[0], want, atol=1e-6)
+  parts = repeat_positions(Context(domain=everywhere.at[0, 1].set(7.0)), 2)
+  assert (parts.domain[0, :, 0] == 7.0).tolist() == [False] * 2 + [True] * 2 + [False] * 6
+
+
 @pytest.mark.parametrize('make', [multi_head, cartesian], ids=['multi_head', 'cartesian'])
 def test_wrappers_keep_padding_out_and_tokens_apart(make):
   layer, x = make(), tokens()
