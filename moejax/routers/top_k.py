@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,10 +198,11 @@ def token_choice(
       'softmax_topk_norm'.
     route_scale: factor on all weights (2.5 in DeepSeek-V3).
     capacity_factor: None for dropless, else C = ceil(factor * k * tokens / experts).
-    eval_capacity_factor: capacity factor outside training; default `capacity_factor`.
+    eval_capacity_factor: capacity factor outside training, of routers that have one in training; default
+      `capacity_factor`.
     priority: 'token_major', 'choice_major', 'score' (batch-prioritised routing) or 'random'.
     capacity_group: 'batch' or 'sequence', the tokens that share a buffer.
-    renorm_after_drop: renormalise the weights of what survives (DeepSpeed; GShard does not).
+    renorm_after_drop: renormalise the weights of what survives (DeepSpeed; GShard does not); of two choices or more.
     capacity_shares: relative capacities, one an expert: C_e = ceil(factor * k * tokens * share_e / sum of shares). In
       MoE++ tau = 0.75 for feed-forward experts and 1 for those without computation, with a factor of 1.1.
     second_policy: what becomes of second choices, 'all', 'none', 'threshold' (kept above
@@ -210,14 +212,23 @@ def token_choice(
     balance_bias: keep a bias that moves the selection, not the weights, for the loss-free controller.
 
   Raises:
-    ValueError: an option out of its range, or k = 1 with weights that are normalised over the chosen
-      (they are constant, so that the router would never learn).
+    ValueError: an option out of its range, options of a capacity without `capacity_factor`, or k = 1 with weights
+      that are normalised over the chosen (they are constant, so that the router would never learn).
   """
   weighting = weighting or ('softmax_topk' if k == 1 else 'softmax_topk_norm')
   _check(num_experts, k, weighting, capacity_factor, eval_capacity_factor)
   check_name('priority', priority, PRIORITIES)
   check_name('capacity_group', capacity_group, ('batch', 'sequence'))
   check_name('second_policy', second_policy, SECOND_POLICIES)
+  if eval_capacity_factor is not None and capacity_factor is None:
+    raise ValueError(
+      f'eval_capacity_factor={eval_capacity_factor} without capacity_factor: accepted with one, or None'
+    )
+  if renorm_after_drop and (capacity_factor is None or k == 1):
+    raise ValueError(
+      f'renorm_after_drop=True with k={k}, capacity_factor={capacity_factor}: accepted with k >= 2, where one choice '
+      "does not make the weight 1 and the router's gradient zero, and with a capacity_factor"
+    )
   if second_policy != 'all' and k != 2:
     raise ValueError(f'second_policy={second_policy!r} with k={k}: accepted with k=2 only')
   function, weights = WEIGHTINGS[weighting]
@@ -289,11 +300,10 @@ def switch(
 ) -> Router:
   """Switch routing: `top_k` with one choice weighted by its softmax probability (Fedus et al. 2021).
 
-  Options as in `top_k`; capacity 1.25 in training and 2.0 in evaluation, position order.
+  Options as in `top_k`; capacity 1.25 in training and 2.0 in evaluation, position order; without one in training none
+  in evaluation either.
   """
-  return top_k(
-    k=1, capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor, **options
-  )
+  return top_k(k=1, **_factors(capacity_factor, eval_capacity_factor), **options)
 
 
 def gshard(
@@ -307,17 +317,19 @@ def gshard(
   """GShard routing: `top_k` with two normalised choices, choice-major capacity and random second choices.
 
   Lepikhin et al. 2020, algorithm 1, with the random policy's threshold of 0.2 as released in mesh-tensorflow (the
-  paper keeps a second choice with probability min(1, 2 g), a threshold of 0.5). Not prefix-safe unless
-  `priority='token_major'`.
+  paper keeps a second choice with probability min(1, 2 g), a threshold of 0.5). Without a capacity in training there
+  is none in evaluation either. Not prefix-safe unless `priority='token_major'`.
   """
-  return top_k(
-    k=2,
-    capacity_factor=capacity_factor,
-    eval_capacity_factor=eval_capacity_factor,
-    priority=priority,
-    second_policy=second_policy,
-    **options,
-  )
+  factors = _factors(capacity_factor, eval_capacity_factor)
+  return top_k(k=2, **factors, priority=priority, second_policy=second_policy, **options)
+
+
+def _factors(train: float | None, evaluation: float | None) -> dict[str, Any]:
+  """Capacity factors of which the one for evaluation is usual: dropless in training is dropless there too."""
+  return {
+    'capacity_factor': train,
+    'eval_capacity_factor': None if train is None else evaluation,
+  }
 
 
 def vmoe(
@@ -333,7 +345,9 @@ def vmoe(
 
   `priority='score'` is batch-prioritised routing (section 4.1), with which `eval_capacity_factor` may go far below 1.
   The paper rounds capacities up to multiples of 4 and makes groups of 8 images; here C is the ceiling, and the group
-  the batch. Losses of the paper: `importance` and `load`, 0.005 each. Options as in `top_k`. Not prefix-safe.
+  the batch. Losses of the paper: `importance` and `load`, 0.005 each; the latter here as in Shazeer et al., with the
+  threshold among the other experts, where the released code has one for all experts. Options as in `top_k`. Not
+  prefix-safe.
   """
   return top_k(
     k=k,

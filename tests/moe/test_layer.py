@@ -134,6 +134,9 @@ def test_bad_options_are_refused_in_one_sentence(options, message):
     ('top_k', {'capacity_factor': -1.0}, 'capacity_factor=-1.0: accepted are positive numbers'),
     ('top_k', {'priority': 'best'}, "priority='best': accepted are 'token_major'"),
     ('top_k', {'k': 3, 'second_policy': 'none'}, "second_policy='none' with k=3"),
+    ('top_k', {'eval_capacity_factor': 0.5}, 'eval_capacity_factor=0.5 without capacity_factor'),
+    ('top_k', {'renorm_after_drop': True}, 'renorm_after_drop=True with k=2, capacity_factor=None'),
+    ('switch', {'renorm_after_drop': True}, 'renorm_after_drop=True with k=1, .*gradient zero'),
     ('expert_choice', {'group': 'token'}, "group='token': accepted are 'sequence'"),
     ('expert_choice', {'cap': 1}, 'cap=1: accepted are capacity_factor=2.0 to 4'),
     ('soft', {'slots': 0}, 'slots=0: accepted are integers from 1'),
@@ -150,3 +153,11 @@ def test_noise_without_a_key_and_wrong_masks_are_refused():
     layer(tokens(), Context(train=True))
   with pytest.raises(ValueError, match=r'context.mask of shape \(2, 5\): expected \(2, 6\)'):
     layer(tokens(), Context(mask=jnp.ones((2, 5), bool)))
+
+
+@pytest.mark.parametrize('name', ['switch', 'gshard'])
+def test_presets_that_drop_nothing_in_training_drop_nothing_in_evaluation(name):
+  """All tokens are one, so that a capacity would show."""
+  router = make_router(name, d_model=D, num_experts=4, rngs=nnx.Rngs(0), capacity_factor=None)
+  rows = router(jnp.ones((2, 12, D)))
+  np.testing.assert_array_equal(rows.expert, rows.chosen)
