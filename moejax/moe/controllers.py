@@ -32,33 +32,25 @@ def balance_biases(
   """`balance_bias` for every router of a model.
 
   Args:
-    routing: pure dict of the model's router state; its leaves are biases `[repeats, E]`, one for each mixture in
-      the repeated unit of a segment (moejax/transformer/stack.py).
+    routing: pure dict of the model's router state; its leaves named 'bias' are `[repeats, E]`, one for each mixture in
+      the repeated unit of a segment (moejax/transformer/stack.py). Others, such as a frozen kernel, stay as they are.
     chosen_le: as in `balance_bias`, in layer order; `[E]` of each layer where they have other numbers of experts.
     rate: see `balance_bias`.
   """
-  leaves, structure = jax.tree.flatten(routing)
-  segments = _segments(routing)
-  first = 0
-  new: list[Array] = []
-  for size in (
-    segments
-  ):  # the blocks of a unit take turns: layers first, first + size, ... are the first block's
-    block_leaves = leaves[len(new) : len(new) + size]
-    repeats = block_leaves[0].shape[0]
-    stop = first + repeats * size
-    for i, leaf in enumerate(block_leaves):
-      chosen_re = jnp.stack([*chosen_le[first + i : stop : size]])
-      new.append(balance_bias(leaf, chosen_re, rate))
-    first = stop
-  return jax.tree.unflatten(structure, new)
-
-
-def _segments(routing: Any) -> list[int]:
-  """How many biases each stacked segment holds, in layer order."""
-  counts: dict[str, int] = {}
-  for path, _ in jax.tree_util.tree_leaves_with_path(routing):
+  found, structure = jax.tree_util.tree_flatten_with_path(routing)
+  leaves = [leaf for _, leaf in found]
+  segments: dict[str, list[int]] = {}  # places of the biases of every stacked segment
+  for place, (path, _) in enumerate(found):
     names = [str(key.key) for key in path]
-    segment = names[names.index('segments') + 1]
-    counts[segment] = counts.get(segment, 0) + 1
-  return list(counts.values())
+    if names[-1] == 'bias':
+      segments.setdefault(names[names.index('segments') + 1], []).append(place)
+  first = 0
+  for places in segments.values():
+    # the blocks of a unit take turns: layers first, first + size, ... are the first block's
+    size, repeats = len(places), leaves[places[0]].shape[0]
+    stop = first + repeats * size
+    for i, place in enumerate(places):
+      chosen_re = jnp.stack([*chosen_le[first + i : stop : size]])
+      leaves[place] = balance_bias(leaves[place], chosen_re, rate)
+    first = stop
+  return jax.tree.unflatten(structure, leaves)

@@ -31,6 +31,19 @@ def test_blocks_of_a_unit_take_turns_and_segments_follow_each_other():
   np.testing.assert_array_equal(new[1]['blocks'][0]['bias'], want[4:])
 
 
+def test_what_is_no_bias_is_not_moved():
+  """Heads with a frozen router's kernel beside mixtures with a bias: two layers, each with its own load."""
+  kernel = jnp.ones((2, 3, 4))
+  block = {
+    'attention': {'router': {'scorer': {'kernel': kernel}}},
+    'moe': {'router': {'bias': jnp.zeros((2, 4))}},
+  }
+  routing = {'stack': {'segments': {0: {'blocks': {0: block}}}}}
+  new = balance_biases(routing, 4.0 * jnp.eye(4)[:2], 0.5)['stack']['segments'][0]['blocks'][0]
+  np.testing.assert_array_equal(new['attention']['router']['scorer']['kernel'], kernel)
+  np.testing.assert_array_equal(new['moe']['router']['bias'], 0.5 - jnp.eye(4)[:2])
+
+
 def test_a_skewed_router_balances_within_a_few_hundred_steps():
   """Four experts, k = 1, logits that favour the first by far: the largest load falls below 1.2 of the mean."""
   rng = np.random.default_rng(0)
