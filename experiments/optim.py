@@ -11,10 +11,11 @@ import optax
 from experiments.adafactor import scale_by_adafactor
 from experiments.settings import OptimSettings
 
-# Parameters of layers are stacked, so a norm's scale has two axes: the name decides, not the rank. Scales, biases and
-# temperatures are not decayed; nor are embeddings (tokens, positions), whose rare rows would only shrink.
+# Parameters of layers are stacked, so a norm's scale has two axes: the name decides, not the rank. Scales, biases (of
+# routers named offsets) and temperatures are not decayed; nor are embeddings (tokens, positions), whose rare rows would
+# only shrink.
 _NOT_DECAYED = re.compile(
-  r'(^|/)((\w*_)?(scale|bias|positions|temperature)|(\w*_)?(embed|norm))(/|$)'
+  r'(^|/)((\w*_)?(scale|bias|offset|positions|temperature)|(\w*_)?(embed|norm))(/|$)'
 )
 
 

@@ -120,3 +120,11 @@ def test_the_saved_state_has_one_structure_whatever_is_on(clip, decay):
   state = make_optimizer(_optim(clip_norm=clip, weight_decay=decay), params).init(params)
   paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
   assert paths == ['[1].count', "[1].mu['weight']", "[1].nu['weight']"]
+
+
+def test_offsets_of_a_router_are_biases_and_not_decayed():
+  """Of stacked layers they have two axes, as the matrices of one layer do."""
+  scorer = {name: jnp.zeros((2, 4)) for name in ('offset', 'over_offset', 'gate_in_offset')}
+  params = {'router': {'scorer': scorer | {'kernel': jnp.zeros((2, 8, 4))}}}
+  decayed = decay_mask(params)['router']['scorer']
+  assert {name for name, decays in decayed.items() if decays} == {'kernel'}
