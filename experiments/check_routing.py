@@ -55,7 +55,7 @@ def check_routing(settings: Settings) -> None:
     if name in ('expert_choice', 'sinkhorn_expert_choice'):
       safe = "model.moe.router.group='position'"
     elif name in ('top_k', 'gshard', 'vmoe'):
-      safe = "model.moe.router.priority='token_major', or no capacity_factor"
+      safe = "model.moe.router.priority='token_major', capacity_factor=None"
     raise BadInput(
       f"model.moe.router={moe.router} lets a token see later ones, so a model of kind 'decoder' would train on what "
       f'it has to predict: accepted are {safe}, or allow_leak=True'

@@ -104,13 +104,17 @@ def _check_router(moe: MoESettings) -> None:
   name, k = moe.router.get('name'), moe.router.get('k', 1)
   if not isinstance(name, str) or not name:
     raise refuse('model.moe.router.name', name, 'the name of a router')
-  if type(k) is not int or not 1 <= k <= moe.num_experts:
-    raise refuse(
-      'model.moe.router.k', k, f'an integer from 1 to model.moe.num_experts={moe.num_experts}'
-    )
+  most = moe.num_experts + sum(moe.zero_experts.values())
+  if type(k) is not int or k < 1 or (k > most and name != 'ada_moe'):  # which adds null experts
+    beside = ' and those without computation' if moe.zero_experts else ''
+    text = f'an integer from 1 to model.moe.num_experts={moe.num_experts}{beside}'
+    raise refuse('model.moe.router.k', k, text)
   factor = moe.router.get('capacity_factor', 1.0)
-  if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 0:
-    raise refuse('model.moe.router.capacity_factor', factor, 'a number, 0 or more')
+  if factor is None:
+    return
+  if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
+    text = 'a number more than 0, or None'
+    raise refuse('model.moe.router.capacity_factor', factor, text)
 
 
 def _check_implementation(moe: MoESettings) -> None:

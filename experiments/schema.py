@@ -85,7 +85,7 @@ def _choice(choices: tuple[Any, ...], value: Any, key: str) -> Any:
 
 
 def _options(hint: Any, value: Any, key: str) -> dict[str, Any]:
-  """A section with free keys: numbers only, or any option (scalars and tuples of them)."""
+  """A section with free keys: numbers only, or any option (scalars, None and tuples of them)."""
   if not isinstance(value, Mapping):
     raise refuse(key, value, 'a section of options')
   read_one = _option if hint is Any else lambda one, name: _value(hint, one, name)
@@ -93,12 +93,14 @@ def _options(hint: Any, value: Any, key: str) -> dict[str, Any]:
 
 
 def _option(value: Any, key: str) -> Any:
+  if value is None:  # such as capacity_factor=None, dropless: what it means the option knows
+    return None
   if isinstance(value, (list, tuple)):
     return tuple(_option(one, f'{key}[{index}]') for index, one in enumerate(value))
   for kind in (bool, int, float, str):
     if isinstance(value, kind):
       return _scalar(kind, value, key)
-  raise refuse(key, value, 'a number, a bool, a str or a tuple of these')
+  raise refuse(key, value, 'a number, a bool, a str, None or a tuple of these')
 
 
 def _scalar(kind: type, value: Any, key: str) -> Any:

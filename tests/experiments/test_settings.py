@@ -8,6 +8,7 @@ import typing
 import pytest
 
 from configs import common
+from experiments.check_routing import check_routing
 from experiments.errors import BadInput
 from experiments.settings import Settings, moe_layers
 
@@ -183,12 +184,12 @@ def test_an_int_is_accepted_for_a_float_and_becomes_one():
     (
       'model.moe.router.capacity_factor',
       -1.0,
-      'model.moe.router.capacity_factor=-1.0 is not accepted: it must be a number, 0 or more',
+      'model.moe.router.capacity_factor=-1.0 is not accepted: it must be a number more than 0, or None',
     ),
     (
       'model.moe.router.x',
       {'y': 1},
-      'model.moe.router.x=<dict> is not accepted: it must be a number, a bool, a str or a tuple of these',
+      'model.moe.router.x=<dict> is not accepted: it must be a number, a bool, a str, None or a tuple of these',
     ),
     (
       'model.moe.losses.balance',
@@ -273,3 +274,24 @@ def test_latent_attention_needs_its_sizes(change, message):
   config.update_from_flattened_dict({f'model.{key}': value for key, value in change.items()})
   with pytest.raises(BadInput, match=re.escape(message)):
     Settings.from_config(config)
+
+
+def test_a_router_may_be_told_to_drop_nothing():
+  """Presets have a capacity unless the config says None; JSON's null says it too."""
+  config = common.get_config()
+  config.model.moe.router = {'name': 'switch', 'capacity_factor': None}
+  settings = Settings.from_config(config)
+  assert settings.model.moe.router['capacity_factor'] is None
+  assert Settings.from_config(json.loads(json.dumps(config.to_dict()))) == settings
+  check_routing(settings)
+
+
+def test_choices_of_experts_that_do_nothing_count_beside_the_others():
+  """Two experts and four null ones, four choices; three choices among two experts and a copy."""
+  config = common.get_config()
+  config.model.moe.num_experts = 2
+  config.model.moe.router = {'name': 'ada_moe', 'k': 4, 'nulls': 4}
+  check_routing(Settings.from_config(config))
+  config.model.moe.router = {'name': 'top_k', 'k': 3}
+  config.model.moe.zero_experts = {'copy': 1}
+  check_routing(Settings.from_config(config))
