@@ -142,7 +142,7 @@ def get_config() -> ConfigDict:
 
   # devices an axis; -1: the rest
   config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1, 'tensor': 1})
-  config.eval = ConfigDict({'every': 200, 'batches': 8})  # every 0: never
+  config.eval = ConfigDict({'every': 200, 'batches': 8})  # every 0: at the end only
   config.checkpoint = ConfigDict({'every': 500, 'keep': 2})  # every 0: at the end only
   config.log = ConfigDict({'every': 10, 'tensorboard': True, 'report': True})
   return config

@@ -95,12 +95,13 @@ def train(
           jax.block_until_ready(metrics)
       done = step + 1
       last = done == settings.steps
-      if last or is_due(settings.log.every, done):
+      evaluates = last or is_due(settings.eval.every, done)
+      if evaluates or is_due(settings.log.every, done):
         metrics = jax.device_get(metrics)
         refuse_non_finite(metrics, step)
         metrics['learning_rate'] = float(control(step).learning_rate)
         timed = progress.update(done, float(metrics['loss']))
-        if last or is_due(settings.eval.every, done):
+        if evaluates:
           with progress.paused():
             metrics |= evaluate(state.params, state.routing)
         if done <= settings.log.every:

@@ -199,11 +199,14 @@ def test_an_unwritable_workdir_is_refused_before_anything_is_computed(tmp_path):
 
 
 def test_a_leak_that_is_asked_for_is_trained(tmp_path):
-  """allow_leak=True: the demonstration of the leak needs it."""
+  """allow_leak=True: the demonstration of the leak needs it. Evaluation keeps its own time, whatever the log does."""
   run(
     tmp_path / 'leak',
     "--config.model.moe.router={'name': 'expert_choice'}",
     '--config.allow_leak=True',
-    '--config.steps=2',
+    '--config.steps=5',
+    '--config.log.every=4',
+    '--config.eval.every=3',
   )
-  assert len(lines(tmp_path / 'leak')) == 2
+  evaluated = {line['step']: 'eval_loss' in line for line in lines(tmp_path / 'leak')}
+  assert evaluated == {2: True, 3: False, 4: True}
