@@ -134,6 +134,8 @@ def test_rows_that_pad_a_text_batch_count_for_nothing(text_stream):
   batch = stream.batch(1)
   assert batch['valid'].sum() == 89
   assert not batch['loss_mask'][89:].any()
+  assert not batch['segment_ids'][89:].any()
+  assert (batch['segment_ids'][:88] > 0).all()
   assert batch['loss_mask'][:88].all()
 
 
