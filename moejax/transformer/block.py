@@ -15,6 +15,9 @@ from moejax.transformer.attention import Visible
 from moejax.transformer.ffn import FFN
 from moejax.transformer.linear import RMSNorm
 
+HEADS = 100
+"""Stream of the noise of heads that are experts, apart from those of moejax/routers."""
+
 
 class Block(nnx.Module):
   """`x + attention(norm(x))`, then `x + f(norm(x))`, where f is either `ffn` or `moe`.
@@ -73,6 +76,8 @@ class Block(nnx.Module):
     h = self.attention_norm(x)
     if not getattr(self.attention, 'routed', False):
       return x + self.attention(h, rotation, visible), ()
+    if context.rng is not None:  # the mixture's router draws noise of this key
+      context = dataclasses.replace(context, rng=jax.random.fold_in(context.rng, HEADS))
     y, aux = self.attention(h, context, rotation, visible)
     return x + y, (dataclasses.replace(aux.stats, part='attention'),)
 

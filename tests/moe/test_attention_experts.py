@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax import Context
+from moejax import Context, MoE
 from moejax.moe.attention_experts import AttentionExperts, broken_sticks
-from moejax.transformer import rotation
+from moejax.transformer import Block, rotation
 
 B, S, D, H, E = 2, 5, 8, 4, 3
 TURN = rotation(jnp.arange(S, dtype=jnp.int32)[None], H)
@@ -88,3 +88,17 @@ def test_routers_that_do_not_choose_by_token_are_refused():
     layer(jnp.zeros((1, S, D)))
   with pytest.raises(ValueError, match="kind='linear': accepted are 'softmax', 'stick_breaking'"):
     make(kind='linear')
+
+
+def test_heads_and_mixture_of_a_block_draw_noise_of_their_own():
+  """Two noisy routers of zero kernels, whose choices are noise alone, choose unlike experts."""
+  router = {'name': 'noisy_top_k', 'k': 1, 'weighting': 'softmax_topk'}
+  layers = {
+    'attention': AttentionExperts(D, H, 8, router, rngs=nnx.Rngs(0)),
+    'moe': MoE(D, 6, 8, router, rngs=nnx.Rngs(0)),
+  }
+  block = Block(D, **layers, rngs=nnx.Rngs(0))
+  context = Context(train=True, rng=jax.random.key(5))
+  _, (heads, mixture), _ = block(jnp.ones((2, 32, D)), context)
+  assert heads.part == 'attention'
+  assert heads.chosen_e.tolist() != mixture.chosen_e.tolist()
