@@ -92,7 +92,7 @@ class SkippedBlock(nnx.Module):
   """A block that some tokens skip; called as `Block` is.
 
   Args:
-    block: what the others go through. No router in it may have a state over depth.
+    block: what the others go through. No router in it may have a state over depth, or share something with others.
     depth: see `Depth`.
     causal: whether the block's attention is.
     d_model, rngs: of the router.
@@ -115,8 +115,12 @@ class SkippedBlock(nnx.Module):
     """Output, the routing sums of the block's routed layers and of this choice, and the state, which is empty.
 
     Raises:
-      ValueError: a state over depth, which some tokens would lack.
+      ValueError: a state over depth, which some tokens would lack, or what routers share, which is of all tokens.
     """
+    if context.shared:
+      raise ValueError(
+        f'shared {", ".join(context.shared)} in a block that tokens skip: accepted are routers that share nothing'
+      )
     if context.state:
       raise ValueError(
         f'state {", ".join(context.state)} in a block that tokens skip: accepted are routers without a state'

@@ -13,7 +13,7 @@ from moejax import Context, MoE, make_router
 from moejax.moe.momentum import MOMENTA, Robust, make_momentum
 from moejax.routers import make_shared
 from moejax.routers.rmoe import gru
-from moejax.transformer import FFN, Attention, Block, Decoder, Stack
+from moejax.transformer import FFN, Attention, Block, Decoder, Depth, Stack
 from moejax.transformer.stack import context_of
 from moejax.transformer.trace import routing_trace
 
@@ -219,3 +219,16 @@ def test_states_that_do_not_fit_together_are_refused():
   stack = Stack.create(make_block, ['2', '3'], rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="state 'gating_residual' of shapes"):
     stack(jnp.zeros((1, 2, D)), Context())
+
+
+def test_what_routers_share_of_all_tokens_is_refused_where_tokens_skip():
+  """Logits of a whole sequence do not fit the tokens that go through the block."""
+  make_shared_router = lambda rngs: make_shared(
+    'read_me', d_model=D, num_experts=E, width=4, rngs=rngs
+  )
+  moe = lambda rngs: MoE(D, 6, E, {'name': 'read_me', 'width': 4}, rngs=rngs)
+  model = Decoder(
+    16, D, 2, 2, 8, moe=moe, moe_layers=(0, 1), moe_shared=make_shared_router, depth=Depth((1,), 0.5), rngs=nnx.Rngs(0)
+  )  # fmt: skip
+  with pytest.raises(ValueError, match='shared read_me in a block that tokens skip'):
+    model(jnp.zeros((1, 4), jnp.int32), train=True)
