@@ -170,8 +170,7 @@ class MoE(nnx.Module):
         context.mask[..., None], x_bsd, 0
       )  # whatever padding holds, it goes nowhere
     state = {**self.initial_state(x_bsd), **(context.state or {})}
-    if self.momentum is not None:
-      x_bsd = self.momentum.reads(x_bsd, state)
+    x_bsd = self.reads(x_bsd, state)
     scores, plan = self.router.route(x_bsd, context)
     state |= scores.state or {}
     if isinstance(plan, SoftPlan):
@@ -201,6 +200,10 @@ class MoE(nnx.Module):
     if self.momentum is not None:
       state |= self.momentum.initial_state(x_bsd.shape, wide_dtype(x_bsd.dtype))
     return state
+
+  def reads(self, x_bsd: Float[Array, 'B S D'], state: dict[str, Array]) -> Float[Array, 'B S D']:
+    """What router and experts are applied to, given what the layers below left: x, or what momentum makes of it."""
+    return x_bsd if self.momentum is None else self.momentum.reads(x_bsd, state)
 
   @property
   def flags(self) -> Flags:

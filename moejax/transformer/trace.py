@@ -29,7 +29,7 @@ def routing_trace(model: Decoder, tokens, **inputs) -> list[Assignment | SoftPla
     own = context_of(layer, context)
     if isinstance(block, Block) and isinstance(block.moe, MoE):
       h = block.ffn_norm(block.attend(x, own, turn, visible)[0])
-      found.append(block.moe.router(h, own))
+      found.append(block.moe.router(block.moe.reads(h, own.state or {}), own))
     x, _, state = block(x, own, turn, visible)
     context = dataclasses.replace(context, state=state)
   return found

@@ -23,3 +23,16 @@ def test_the_trace_counts_what_the_model_counts():
   counted = [np.bincount(np.asarray(one.expert), minlength=5)[:4] for one in trace]
   np.testing.assert_array_equal(counted, stats.kept_e)
   assert np.sum(counted) == 3 * 2 * (6 + 4 + 5)
+
+
+def test_the_trace_of_momentum_that_looks_ahead_is_that_of_the_model():
+  """The robust momentum's router reads the tokens moved by what the layers below left."""
+  momentum = {'name': 'robust', 'rho': 0.9}
+  moe = lambda rngs: MoE(8, 12, 4, momentum=momentum, rngs=rngs)
+  model = Decoder(16, 8, 3, 2, 16, moe=moe, moe_layers=(0, 1, 2), rngs=nnx.Rngs(0))
+  tokens = jax.random.randint(jax.random.key(1), (3, 16), 0, 16)
+  _, stats = model(tokens)
+  counted = [
+    np.bincount(np.asarray(one.expert), minlength=4) for one in routing_trace(model, tokens)
+  ]
+  np.testing.assert_array_equal(counted, stats.kept_e)
