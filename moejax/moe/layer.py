@@ -211,8 +211,12 @@ class MoE(nnx.Module):
     return self.router.flags
 
   def rows_per_token(self, sequence_length: int) -> float:
-    """Mean number of rows that experts work on for a token, before any drop."""
-    return self.router.rows_per_token(sequence_length)
+    """Mean number of rows that experts work on for a token, before any drop.
+
+    Those of experts without computation are left out: the share that they have when all experts have as many tokens.
+    """
+    num_all = self.num_experts + (0 if self.zero is None else self.zero.num_experts)
+    return self.router.rows_per_token(sequence_length) * self.num_experts / num_all
 
   def active_share(self, sequence_length: int) -> float:
     """Fraction of the experts' parameters that works on a token; of unlike experts when all have as many tokens."""
@@ -225,7 +229,7 @@ class MoE(nnx.Module):
     return moe_flops_per_token(
       d_model=d_model,
       d_ff=self.d_ff,
-      num_experts=self.num_experts,
+      num_experts=self.router.num_experts,
       experts_per_token=self.rows_per_token(sequence_length),
       num_shared=num_shared,
       gated=gated,

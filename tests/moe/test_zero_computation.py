@@ -170,3 +170,12 @@ def test_bad_kinds_and_counts_are_refused_in_one_sentence(zero_experts, message)
 def test_zero_experts_need_rows():
   with pytest.raises(ValueError, match='zero_experts with a soft router'):
     MoE(D, 6, 4, 'soft', zero_experts={'copy': 1}, rngs=nnx.Rngs(0))(tokens())
+
+
+def test_experts_without_computation_cost_no_flops():
+  """Two choices among four experts and four without computation: one expert works on a token on average, and the router
+  has eight columns of eight."""
+  layer = zero_layer()
+  assert layer.rows_per_token(6) == 1
+  assert layer.active_share(6) == 1 / 4
+  assert layer.flops_per_token(6) == {'router': 2 * D * 8, 'experts': 3 * 2 * D * 6}
