@@ -285,8 +285,10 @@ class MoE(nnx.Module):
 
   def _mix(self, x_bsd: Array, plan: SoftPlan) -> Array:
     """Slots instead of rows: made where the tokens are, and only they travel."""
-    if self.zero is not None:
-      raise ValueError('zero_experts with a soft router: accepted are routers that choose experts')
+    rows_only = {'zero_experts': self.zero, 'widths': self.parts, 'forward_one': self.forward_one}
+    for name, value in rows_only.items():
+      if value:
+        raise ValueError(f'{name} with a soft router: accepted are routers that choose experts')
     parts = [part.astype(self.experts.dtype) for part in (plan.dispatch, plan.combine, x_bsd)]
     if plan.across:  # B and S are then those of groups
       parts = [to_groups(part, 'position', plan.across) for part in parts]

@@ -86,6 +86,12 @@ def test_a_mixture_around_a_core_starts_as_the_dense_layer_and_its_router_learns
   check_close((by_state, by_x), weighed[1])
 
 
+def test_weight_one_is_refused_where_there_are_no_weights_of_rows():
+  layer = make_layer('residual', D, F, E, 'soft', options={'forward_one': True}, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='forward_one with a soft router: accepted are routers that'):
+    layer(tokens())
+
+
 def test_an_expert_is_the_core_and_its_own_residual():
   def by_sum(layer, x):
     own, core = (nnx.split(bank)[1] for bank in (layer.experts, layer.core))
