@@ -96,7 +96,8 @@ class NestedFFN(nnx.Module):
     x_bsd = jnp.where(real_bs[..., None], x_bsd, 0)
     state = {**self.initial_state(x_bsd), **(context.state or {})}
     wide = wide_dtype(x_bsd.dtype)
-    own_bse = product(x_bsd.astype(wide), self.gate_kernel[...].astype(wide))
+    kernel_de = self.gate_kernel[...].astype(wide)
+    own_bse = product(x_bsd.astype(wide), kernel_de, precision='highest')
     own_bse = own_bse + self.gate_offset[...].astype(wide)[None, None]
     logits_bse = jnp.where(state[KNOWN], state[LOGITS], own_bse)
     probs_bse = jax.nn.softmax(logits_bse, -1)

@@ -143,7 +143,7 @@ class SwitchHead(nnx.Module):
   def _choose(self, x_bsd: Array, kernel: Array, context: Context) -> tuple[Scores, Assignment]:
     """Sigmoid gates of the experts of all heads, and the k best of each head: rows by token, head, choice."""
     wide = wide_dtype(x_bsd.dtype)
-    logits_bse = product(x_bsd.astype(wide), kernel.astype(wide))
+    logits_bse = product(x_bsd.astype(wide), kernel.astype(wide), precision='highest')
     scores = TokenAffinity('sigmoid', self.k)(logits_bse, None, None, context)
     gate = scores.gate.reshape(-1, self.num_heads, self.num_experts)
     weight, expert = jax.lax.top_k(gate, self.k)

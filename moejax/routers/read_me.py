@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax.arrays import Context, wide_dtype
+from moejax.arrays import Context, full_precision, wide_dtype
 from moejax.routers.rmoe import check_width
 from moejax.routers.router import Router, with_flags
 from moejax.routers.top_k import token_choice
@@ -49,10 +49,11 @@ class ApartRouter(nnx.Module):
     self, x_bsd: Float[Array, 'B S D'], context: Context, visible=None
   ) -> dict[str, Array]:
     """Logits `[B, S, E]`, float32 or wider."""
-    h = self.enter(x_bsd.astype(wide_dtype(x_bsd.dtype)))
-    h = h + self.attention(self.attention_norm(h), None, visible)
-    h = self.norm(h + self.ffn(self.ffn_norm(h)))
-    return {LOGITS: h @ self.kernel[...].astype(h.dtype)}
+    with full_precision():
+      h = self.enter(x_bsd.astype(wide_dtype(x_bsd.dtype)))
+      h = h + self.attention(self.attention_norm(h), None, visible)
+      h = self.norm(h + self.ffn(self.ffn_norm(h)))
+      return {LOGITS: h @ self.kernel[...].astype(h.dtype)}
 
 
 class SharedScorer(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax.arrays import Assignment, Context, Scores, SoftPlan, wide_dtype
+from moejax.arrays import Assignment, Context, Scores, SoftPlan, full_precision, wide_dtype
 
 
 class RouterBias(nnx.Variable):
@@ -65,6 +66,9 @@ Feedback = Callable[[Array, Scores, Assignment, Context], tuple[Array, Scores]]
 class Router(nnx.Module):
   """scorer -> affinity -> assignment.
 
+  Its matrix products are of float32 in full on every platform; not so those of routers with `slots`, which choose
+  nothing, and whose logits are much more work.
+
   Args:
     scorer: module, `(x [B, S, D], context) -> (logits [B, S, E, ...], noise std or None)`, float32 or wider. With the
       flag `has_state` it returns its state as a third, and has `initial_state((B, S), dtype)`, what it reads in
@@ -114,13 +118,14 @@ class Router(nnx.Module):
     """Router logits and what follows from them, float32 or wider whatever the type of `x`."""
     x_bsd = x_bsd.astype(wide_dtype(x_bsd.dtype))
     bias = None if self.bias is None else jax.lax.stop_gradient(self.bias[...])
-    if not self.flags.has_state:
-      logits, std = self.scorer(x_bsd, context)
-      return self.affinity(logits, std, bias, context)
-    before = {**self.initial_state(x_bsd), **(context.state or {})}
-    context = dataclasses.replace(context, state=before)
-    logits, std, state = self.scorer(x_bsd, context)
-    return dataclasses.replace(self.affinity(logits, std, bias, context), state=state)
+    with contextlib.nullcontext() if self.slots else full_precision():
+      if not self.flags.has_state:
+        logits, std = self.scorer(x_bsd, context)
+        return self.affinity(logits, std, bias, context)
+      before = {**self.initial_state(x_bsd), **(context.state or {})}
+      context = dataclasses.replace(context, state=before)
+      logits, std, state = self.scorer(x_bsd, context)
+      return dataclasses.replace(self.affinity(logits, std, bias, context), state=state)
 
   def initial_state(self, x_bsd: Float[Array, 'B S D']) -> dict[str, Array]:
     """What the first layer finds in `context.state`; empty of a router without a state."""
@@ -131,7 +136,8 @@ class Router(nnx.Module):
   def route(self, x_bsd: Float[Array, 'B S D'], context: Context):
     """Scores and the assignment (or soft plan) made of them."""
     scores = self.scores(x_bsd, context)
-    return scores, self.assign(scores, context)
+    with full_precision():
+      return scores, self.assign(scores, context)
 
   def __call__(
     self, x: Float[Array, '*batch S D'], context: Context | None = None

@@ -181,7 +181,7 @@ def _width(d_model: int) -> int:
 
 def _product(linear: Any, x: Array) -> Array:
   """In the type of x, float32 or wider, whatever the layer computes in."""
-  y = product(x, linear.weight[...].astype(x.dtype))
+  y = product(x, linear.weight[...].astype(x.dtype), precision='highest')
   return y if linear.bias is None else y + linear.bias[...].astype(x.dtype)[None, None]
 
 
