@@ -28,7 +28,8 @@ def permute_experts(stack: Stack, order: np.ndarray) -> Stack:
     order: int `[L, E]`, a permutation for every mixture, in the order of layers.
 
   Raises:
-    ValueError: a router that knows more of an expert's place than a column of its kernel, or an order that is none.
+    ValueError: a router that knows more of an expert's place than a column of its kernel, experts of unlike widths or
+      capacities, or an order that is none.
   """
   graph, state = nnx.split(stack)
   stack = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
@@ -51,10 +52,16 @@ def _reorder(layer: MoE, order: np.ndarray) -> None:
   """In place; variables carry a leading axis of layers, and so does `order`."""
   router = layer.router
   scorer = router.scorer if isinstance(router.scorer, LinearScorer) else None
-  plain = isinstance(router.affinity, TokenAffinity) and isinstance(router.assign, TopKAssign)
-  if scorer is None or not plain or layer.zero is not None:
+  assign = router.assign if isinstance(router.affinity, TokenAffinity) else None
+  if scorer is None or not isinstance(assign, TopKAssign) or layer.zero is not None:
     raise ValueError(
       'experts of this router cannot change places: accepted are linear scorers with top-k over all experts'
+    )
+  if layer.parts is not None or (
+    assign.capacity is not None and assign.capacity.shares is not None
+  ):
+    raise ValueError(
+      'experts of unlike widths or capacities cannot change places: accepted are equal ones'
     )
   kernel = scorer.kernel  # [L, D, E]
   experts = kernel.shape[-1]

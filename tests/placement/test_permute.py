@@ -69,9 +69,11 @@ def test_experts_of_a_device_become_neighbours():
     ({'name': 'group_limited', 'groups': 2, 'limit': 1}, {}),
     ({'name': 'cosine'}, {}),
     ({'name': 'top_k'}, {'zero_experts': {'copy': 1}}),
+    ({'name': 'top_k'}, {'widths': (1, 2, 3, 3, 2, 1)}),
+    ({'name': 'top_k', 'capacity_factor': 1.0, 'capacity_shares': (1, 2, 3, 3, 2, 1)}, {}),
   ],
 )
-def test_routers_that_know_more_of_an_experts_place_are_refused(router, options):
+def test_routers_that_know_more_of_an_experts_place_and_unlike_experts_are_refused(router, options):
   stack = decoder(router, **options).stack
   with pytest.raises(ValueError, match='cannot change places'):
     permute_experts(stack, np.tile(np.arange(E), (3, 1)))
