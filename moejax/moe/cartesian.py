@@ -106,11 +106,13 @@ class CartesianMoE(nnx.Module):
 
 
 def side_by_side(first: RoutingStats, second: RoutingStats) -> RoutingStats:
-  """Sums of two mixtures on the same tokens as those of one: experts after experts, scalars added."""
+  """Sums of two mixtures on the same tokens as those of one: experts after experts, scalars added; of the tokens that
+  no expert worked on the mean."""
 
   def join(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([a, b], -1) if a.ndim else a + b
 
   both = jax.tree.map(join, first, second)
   clusters = 1 if first.clusters == 1 else first.clusters + second.clusters  # none spans the two
-  return dataclasses.replace(both, tokens=first.tokens, clusters=clusters)
+  unrouted = both.unrouted / 2
+  return dataclasses.replace(both, tokens=first.tokens, unrouted=unrouted, clusters=clusters)

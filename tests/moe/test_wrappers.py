@@ -124,6 +124,13 @@ def test_clusters_of_two_mixtures_stay_apart():
   assert float(aux.losses['cluster_balance']) == pytest.approx(sum(parts), rel=1e-5)
 
 
+def test_tokens_that_no_expert_works_on_are_counted_once():
+  """No probability is above the threshold: all tokens pass by both mixtures, and they are all there are."""
+  layer = cartesian(router={'name': 'ds_moe', 'eval_threshold': 0.99})
+  metrics = layer(tokens())[1].metrics
+  assert float(metrics['unrouted']) == 1
+
+
 def test_sub_tokens_hear_what_their_position_does():
   """One embedding for every position, alike in the whole sequence, is one for the sequence."""
   layer = MultiHeadMoE(D, 6, 4, {'name': 'speech_moe', 'width': 3}, heads=2, rngs=nnx.Rngs(0))
