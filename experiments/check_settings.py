@@ -69,6 +69,15 @@ def _check_of_kind(model: ModelSettings) -> None:
       model.positions,
       "'rotary' for model.kind='vit', which has a table of its own",
     )
+  usual_of_vit = {
+    'num_kv_heads': (0, model.num_heads),
+    'head_dim': (0, model.d_model // model.num_heads),
+    'qk_norm_scope': ('head',),
+    'vocab_size': (0,),
+  }
+  for key, accepted in usual_of_vit.items():
+    if model.kind == 'vit' and getattr(model, key) not in accepted:
+      raise refuse(f'model.{key}', getattr(model, key), f"{accepted[0]!r} for model.kind='vit'")
   for key, usual in (('output', 'softmax'), ('head_bias', 0.0)):
     if model.kind != 'vit' and getattr(model, key) != usual:
       raise refuse(f'model.{key}', getattr(model, key), f'{usual!r} for model.kind={model.kind!r}')

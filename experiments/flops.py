@@ -26,6 +26,7 @@ def training_flops(settings: Settings, stream: Stream) -> float:
     'num_layers': model.num_layers,
     'num_heads': model.num_heads,
     'd_ff': model.d_ff,
+    'gated': model.gated,
     'num_moe_layers': len(model.moe_layers),
     'moe': _moe_flops(settings, stream) if model.moe_layers else None,
   }
@@ -52,7 +53,6 @@ def training_flops(settings: Settings, stream: Stream) -> float:
       seq_len=tokens,
       num_kv_heads=model.num_kv_heads,
       head_dim=model.head_dim,
-      gated=model.gated,
       latent=latent_of(model),
       **(sizes | own),
     )

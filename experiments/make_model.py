@@ -19,7 +19,7 @@ from experiments.mixtures import make_mixture, router_facts, shared_maker
 from experiments.settings import ModelSettings, Settings
 from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.moe.dispatch import make_dispatch
-from moejax.moe.exchange import Exchange, single
+from moejax.moe.exchange import Exchange, check_exchange, single
 from moejax.moe.exchange import make_exchange as exchange_by_name
 from moejax.scaling.ours import latent_of
 from moejax.transformer import Decoder, Depth, Encoder, ViT
@@ -73,10 +73,12 @@ def make_exchange(settings: Settings, mesh: Mesh) -> Exchange:
     BadInput: an option that the exchange does not take, or what `exchange_name` refuses.
   """
   moe = settings.model.moe
-  if mesh.size == 1:
-    return single
-  name = exchange_name(settings, mesh.shape['expert'])
+  alone = mesh.size == 1  # any exchange is none; 'auto' takes no options anywhere
+  name = moe.exchange if alone else exchange_name(settings, mesh.shape['expert'])
   try:
+    if alone:
+      check_exchange('local' if name == 'auto' else name, moe.exchange_options)
+      return single
     return exchange_by_name(name, mesh, BATCH_AXES, moe.exchange_options)
   except (TypeError, ValueError) as error:
     raise BadInput(f'model.moe: {error}') from error
@@ -100,6 +102,7 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     'd_ff': model.d_ff,
     'qk_norm': model.qk_norm,
     'activation': model.activation,
+    'gated': model.gated,
     'moe': _moe_maker(settings, mesh, dtype),
     'moe_layers': model.moe_layers,
     'moe_shared': shared_maker(model),
@@ -120,7 +123,6 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     'rope_theta': model.rope_theta,
     'head_dim': model.head_dim,
     'tie_embeddings': model.tie_embeddings,
-    'gated': model.gated,
   }
   kind = Decoder if model.kind == 'decoder' else Encoder
   rows = vocab_size(settings, stream)

@@ -94,6 +94,7 @@ def forward_flops_per_image(
   num_layers: int,
   num_heads: int,
   d_ff: int,
+  gated: bool = False,
   num_moe_layers: int = 0,
   moe: Flops | None = None,
 ) -> Flops:
@@ -107,7 +108,7 @@ def forward_flops_per_image(
     num_heads=num_heads,
     d_ff=d_ff,
     seq_len=seq_len,
-    gated=False,
+    gated=gated,
     num_moe_layers=num_moe_layers,
     moe=moe,
   )

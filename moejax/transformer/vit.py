@@ -35,6 +35,7 @@ class ViT(nnx.Module):
   Args:
     image_shape: (height, width, channels).
     patch_size: side of a square patch in pixels.
+    gated: whether dense feed-forward layers are.
     positions: 'learned' table, or fixed 'sincos' (Chen et al. 2021, MoCo v3).
     head_bias: where the biases of the head begin; -ln(classes) for sigmoid outputs in Soft MoE.
     moe, moe_layers, moe_shared, remat, unroll, attention, dtype: as of Decoder.
@@ -55,6 +56,7 @@ class ViT(nnx.Module):
     *,
     qk_norm: bool = False,
     activation: str = 'gelu',
+    gated: bool = False,
     positions: str = 'learned',
     head_bias: float = 0.0,
     moe: MakeMixture | Sequence[MakeMixture] | None = None,
@@ -81,7 +83,7 @@ class ViT(nnx.Module):
       block = dict(attention=attention_layer, norm=LayerNorm, dtype=dtype, rngs=rngs)
       if kind in mixtures:
         return Block(d_model, moe=mixtures[kind](rngs), **block)
-      ffn = FFN(d_model, d_ff, activation=activation, gated=False, **options)
+      ffn = FFN(d_model, d_ff, activation=activation, gated=gated, **options)
       return Block(d_model, ffn=ffn, **block)
 
     patch_width = patch_size * patch_size * image_shape[2]

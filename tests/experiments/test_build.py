@@ -1,13 +1,18 @@
 """From settings to exchanges and meshes: what fits is made, what does not is one sentence."""
 
+import types
+
 import jax
 import pytest
 
-from configs import tiny
+from configs import common, tiny
 from experiments.errors import BadInput
-from experiments.make_model import build_mesh, make_exchange
+from experiments.make_model import build_mesh, make_exchange, model_maker
 from experiments.settings import Settings
+from experiments.state import ModelDef
+from moejax.mesh.make import make_mesh
 from moejax.moe.exchange import AllGather, Bilevel, Local, WithFallback, single
+from moejax.transformer import count_params
 
 EXPERT_CHOICE = {'name': 'expert_choice', 'group': 'batch'}
 
@@ -65,3 +70,27 @@ def test_an_exchange_is_made_with_its_options():
 def test_what_cannot_be_is_one_sentence(arguments, message):
   with pytest.raises((BadInput, TypeError), match=message):
     made(**arguments)
+
+
+def test_options_of_an_exchange_are_looked_at_on_one_device_too():
+  alone = jax.sharding.Mesh([[[jax.devices()[:1]]]], ('data', 'fsdp', 'expert', 'tensor'))
+  assert make_exchange(settings('bilevel', {'nodes': 2}), alone) is single
+  with pytest.raises(BadInput, match="exchange='bilevel' has no option 'nodez'"):
+    make_exchange(settings('bilevel', {'nodez': 2}), alone)
+
+
+@pytest.mark.parametrize('gated', [True, False])
+def test_dense_layers_of_an_image_model_are_gated_as_its_experts_are(gated):
+  """Two matrices or three of 16 times 24, in the dense layer and in each of the two experts above it."""
+  config = common.get_config()
+  config.data.objective, config.model.kind, config.model.moe.layers = 'classify', 'vit', '1'
+  config.model.update(d_model=16, num_layers=2, num_heads=2, d_ff=24, gated=gated)
+  config.model.moe.num_experts = 2
+  settings = Settings.from_config(config)
+  stream = types.SimpleNamespace(image_shape=(8, 8, 1), num_classes=3, vocab_size=None)
+  make = model_maker(settings, stream, make_mesh(devices=jax.devices()[:1]))
+  shapes = jax.eval_shape(ModelDef(make).init, jax.random.key(0))[0]
+  matrices = (2 + gated) * 16 * 24
+  counts = count_params(shapes)
+  assert counts['moe/experts'] == 2 * matrices
+  assert counts['ffn'] == matrices + 24 + 16 + gated * 24  # and offsets

@@ -295,3 +295,22 @@ def test_choices_of_experts_that_do_nothing_count_beside_the_others():
   config.model.moe.router = {'name': 'top_k', 'k': 3}
   config.model.moe.zero_experts = {'copy': 1}
   check_routing(Settings.from_config(config))
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'accepted'),
+  [
+    ('num_kv_heads', 2, '0'),
+    ('head_dim', 8, '0'),
+    ('qk_norm_scope', 'all', "'head'"),
+    ('vocab_size', 512, '0'),
+  ],
+)
+def test_what_an_image_model_does_not_have_is_refused(key, value, accepted):
+  config = common.get_config()
+  config.data.objective, config.model.kind = 'classify', 'vit'
+  config.model[key] = value
+  with pytest.raises(BadInput) as error:
+    Settings.from_config(config)
+  sentence = f"model.{key}={value!r} is not accepted: it must be {accepted} for model.kind='vit'"
+  assert str(error.value) == sentence

@@ -56,14 +56,20 @@ def make_exchange(
   Raises:
     ValueError: an unknown name or option, or a value out of its range.
   """
+  options = dict(options or {})
+  check_exchange(name, options)
+  return EXCHANGES[name](mesh, batch_axes, **options)
+
+
+def check_exchange(name: str, options: Mapping[str, Any]) -> None:
+  """Raises ValueError for an unknown exchange or an option that it does not take."""
   if name not in EXCHANGES:
     raise ValueError(f'exchange={name!r}: accepted are {", ".join(map(repr, EXCHANGES))}')
-  options, accepted = dict(options or {}), exchange_options(name)
+  accepted = exchange_options(name)
   for key in options:
     if key not in accepted:
       text = ', '.join(map(repr, accepted)) or 'none'
       raise ValueError(f'exchange={name!r} has no option {key!r}: accepted are {text}')
-  return EXCHANGES[name](mesh, batch_axes, **options)
 
 
 def exchange_options(name: str) -> tuple[str, ...]:
