@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 
-from experiments.check_routing import check_routing
+from experiments.check_routing import check_routing, check_vocabulary
 from experiments.data import Stream, make_stream
 from experiments.errors import BadInput
 from experiments.kernels import check_kernels
@@ -65,6 +65,7 @@ def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> 
   share = batch_share(build_mesh(settings))
   train_stream = open_stream(settings, train=True, share=share)
   eval_stream = open_stream(settings, train=False, share=share)
+  check_vocabulary(settings, train_stream.vocab_size)
   if train_stream.num_labels and settings.model.output == 'softmax':
     raise BadInput(
       f"model.output='softmax' with images of up to {train_stream.num_labels} labels "

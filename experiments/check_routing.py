@@ -106,3 +106,25 @@ def _check_group_size(settings: Settings) -> None:
       f'model.moe.router.group_size={size} does not divide the {microbatch} sequences of a microbatch '
       '(batch_size / microbatches)'
     )
+
+
+def check_vocabulary(settings: Settings, num_tokens: int | None) -> None:
+  """Refuses routers by token id that do not know all ids of the tokenizer: the others would go where the last one goes.
+
+  Raises:
+    BadInput: fewer ids in the router's `vocab_size` or `counts` than `num_tokens`, those of the tokenizer.
+  """
+  if not settings.model.moe_layers or num_tokens is None:
+    return
+  router = settings.model.moe.router
+  counts = router.get('counts')
+  known = {
+    'vocab_size': router.get('vocab_size'),
+    'counts': None if counts is None else len(counts),
+  }
+  for option, ids in known.items():
+    if ids is not None and ids < num_tokens:
+      raise BadInput(
+        f'model.moe.router.{option} of {ids} ids is less than the {num_tokens} of data.tokenizer='
+        f'{settings.data.tokenizer!r}: accepted are as many, or more'
+      )

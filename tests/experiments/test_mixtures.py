@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import common
-from experiments.check_routing import check_routing
+from experiments.check_routing import check_routing, check_vocabulary
 from experiments.errors import BadInput
 from experiments.flops import active_share, training_flops
 from experiments.make_model import model_maker
@@ -143,3 +143,19 @@ def test_the_bias_of_sub_tokens_can_be_moved():
   config.model.moe.router = {'name': 'top_k', 'k': 2, 'balance_bias': True}
   config.optim.bias_rate = 1e-3
   check_routing(Settings.from_config(config))
+
+
+@pytest.mark.parametrize(
+  ('router', 'option'),
+  [
+    ({'name': 'mask_moe', 'vocab_size': 255}, 'vocab_size'),
+    ({'name': 'hash', 'counts': (1,) * 255}, 'counts'),
+  ],
+)
+def test_a_router_by_token_id_knows_all_ids(router, option):
+  config = common.get_config()
+  config.model.moe.router = router
+  settings = Settings.from_config(config)
+  check_vocabulary(settings, 255)
+  with pytest.raises(BadInput, match=f'{option} of 255 ids is less than the 256 of data.tokenizer'):
+    check_vocabulary(settings, 256)
