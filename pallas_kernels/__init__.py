@@ -7,6 +7,8 @@ files are bodies (see registry.py), `cases.py` names the inputs that every body 
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .activations import check_activation as check_activation
 from .activations import hidden as hidden
+from .exchange_matmul import exchange_matmul as exchange_matmul
+from .exchange_matmul import matmul_exchange as matmul_exchange
 from .expert_ffn import expert_ffn as expert_ffn
 from .grouped_matmul import grouped_matmul as grouped_matmul
 from .quantised_matmul import Quantised as Quantised

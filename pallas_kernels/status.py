@@ -36,6 +36,9 @@ class Status(NamedTuple):
 
 
 TABLE = {
+  'exchange_matmul': {
+    'tpu': Status(TPU, ('interpreted', 'compiled')),
+  },
   'expert_ffn': {
     'blocks': Status(ALL, ('tested', 'measured')),
     'cpu': Status(ALL, ('tested', 'measured')),
@@ -63,6 +66,10 @@ TABLE = {
   },
 }
 DOES = {
+  'exchange_matmul': (
+    'rows to experts of other devices and their first matmul in one kernel, `matmul_exchange` the last and the way '
+    'back: products of some experts while rows of others travel; without a name by an all-gather'
+  ),
   'expert_ffn': 'gather the rows of each expert, apply it, add the weighted rows at their tokens',
   'grouped_matmul': 'consecutive rows, each group times the matrix of its expert',
   'quantised_matmul': 'the same with weights of int8 or e4m3 (fp8) and a scale a column; inference only',

@@ -182,7 +182,7 @@ def _matmul_kernel(
     found = [None] * (1 + max(p.into for p in products))
     for p in products:
       matrix = buffers[p.right][slot]
-      product = _dot(_part(lhs[p.left], part), matrix, (1, 1 if transpose_rhs else 0))
+      product = dot(_part(lhs[p.left], part), matrix, (1, 1 if transpose_rhs else 0))
       found[p.into] = product if found[p.into] is None else found[p.into] + product
     if steps == 1:
       finish(part, found)
@@ -204,34 +204,34 @@ def _matmul_kernel(
 
   @pl.when(needed & ~is_tail)
   def _():
-    _each_part(num_rows, begin, end, compute)
+    each_part(num_rows, begin, end, compute)
 
   @pl.when(needed & is_tail & (k == steps - 1))
   def _():
-    _each_part(num_rows, begin, end, lambda part: merge(part, zeros(part)))
+    each_part(num_rows, begin, end, lambda part: merge(part, zeros(part)))
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
   """Rows `first..first + height` of a tile."""
 
   first: int | Array
   height: int
 
 
-def _each_part(num_rows, begin, end, body):
+def each_part(num_rows, begin, end, body):
   """`body(part)`: the whole tile where one group has it, else its parts that hold rows `begin..end`."""
   height = min(PART, num_rows)
   if num_rows == height:
-    pl.when(begin < end)(lambda: body(_Part(0, num_rows)))
+    pl.when(begin < end)(lambda: body(Part(0, num_rows)))
     return
   whole = (begin <= 0) & (end >= num_rows)
-  pl.when(whole)(lambda: body(_Part(0, num_rows)))
+  pl.when(whole)(lambda: body(Part(0, num_rows)))
 
   @pl.when(~whole & (begin < end))
   def _():
     first = jax.lax.div(jnp.maximum(begin, 0), jnp.int32(height))
     last = jax.lax.div(jnp.minimum(end, num_rows) - 1, jnp.int32(height))
-    one = lambda i, _: body(_Part(pl.multiple_of(i * height, height), height))
+    one = lambda i, _: body(Part(pl.multiple_of(i * height, height), height))
     jax.lax.fori_loop(first, last + 1, one, None)
 
 
@@ -271,7 +271,7 @@ def _zeros(ref, lanes, part):
   return zeros if len(ref.shape) == 2 else (zeros,) * ref.shape[0]
 
 
-def _dot(a, b, contract):
+def dot(a, b, contract):
   """Contracts axis `contract[0]` of `a` with `contract[1]` of `b`, in float32; float32 is not rounded before."""
   b = b.astype(a.dtype)
   exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.dtype('float32') else None
@@ -335,11 +335,11 @@ def _sum_kernel(tile, group, starts, used, lhs, *refs, count):
       masked = lambda x: jnp.where(_inside(x, part, begin, end), x, jnp.zeros_like(x))
       left, rights = masked(left), [masked(x) for x in rights]
     for total, right in zip(sums, rights, strict=True):
-      total[...] += _dot(left, right, (0, 0))
+      total[...] += dot(left, right, (0, 0))
 
   @pl.when(v < used[0])
   def _():
-    _each_part(num_rows, begin, end, compute)
+    each_part(num_rows, begin, end, compute)
 
   @pl.when((v == visits - 1) | (group[jnp.minimum(v + 1, visits - 1)] != group[v]))
   def _():

@@ -46,7 +46,7 @@ def row_tiles(num_rows: int) -> tuple[int, ...]:
 
 @functools.cache
 def for_rows(
-  num_rows, num_groups, inner, columns, itemsize, *, lhs=1, rhs=1, sums=1, outs=1
+  num_rows, num_groups, inner, columns, itemsize, *, lhs=1, rhs=1, sums=1, outs=1, whole=False
 ) -> Tiles:
   """Tiles of `out [R, columns] = rows [R, inner] @ matrix [inner, columns]`.
 
@@ -56,6 +56,7 @@ def for_rows(
     lhs, rhs: how many row operands and matrices a step reads.
     sums: how many accumulators it keeps.
     outs: how many blocks `[rows, columns]` it reads or writes besides.
+    whole: contract all of `inner` in one step.
 
   Raises:
     Unsupported: nothing fits.
@@ -75,7 +76,8 @@ def for_rows(
     steps = visits * (inner // t.inner) * (columns // t.columns)
     return max(work, INTENSITY * itemsize * traffic) + STEP * steps
 
-  return _cheapest(memory, price, num_rows, inner, columns, STEP_WORK[itemsize])
+  parts = (inner,) if whole else divisors(inner)
+  return _cheapest(memory, price, num_rows, parts, columns, STEP_WORK[itemsize])
 
 
 @functools.cache
@@ -97,7 +99,7 @@ def for_groups(num_rows, num_groups, left, right, itemsize, *, rhs=1) -> Tiles:
     work = _work(num_rows, num_groups, t, across * down) * left * right * rhs
     return max(work, INTENSITY * itemsize * traffic) + STEP * visits * across * down
 
-  return _cheapest(memory, price, num_rows, left, right, STEP_WORK[itemsize])
+  return _cheapest(memory, price, num_rows, divisors(left), right, STEP_WORK[itemsize])
 
 
 def _work(num_rows, num_groups, tiles, shares):
@@ -108,14 +110,11 @@ def _work(num_rows, num_groups, tiles, shares):
 
 def _cheapest(memory, price, num_rows, inner, columns, work):
   every = [
-    Tiles(rows, i, c)
-    for rows in row_tiles(num_rows)
-    for i in divisors(inner)
-    for c in divisors(columns)
+    Tiles(rows, i, c) for rows in row_tiles(num_rows) for i in inner for c in divisors(columns)
   ]
   fitting = [t for t in every if memory(t) <= BUDGET and t.rows * t.inner * t.columns <= work]
   if not fitting:
     raise Unsupported(
-      f'TPU: no tile of {num_rows} rows, {inner} and {columns} columns fits in {BUDGET} bytes and {work} products'
+      f'TPU: no tile of {num_rows} rows, {inner[0]} and {columns} columns fits in {BUDGET} bytes and {work} products'
     )
   return min(fitting, key=price)

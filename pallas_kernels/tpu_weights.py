@@ -66,12 +66,16 @@ class Weights:
     tile: rows and columns of a block, of K and N or transposed.
     steps: blocks of K.
     transposed: whether matrices are `[E, N, K]`.
+    columns: tiles of columns that a group goes through before the next one comes; turns count them then. 1: the tile
+      is told when a block is taken up.
   """
 
-  def __init__(self, matrices, buffers, arrived, group, blocks: Blocks, tile, steps, transposed):
+  def __init__(
+    self, matrices, buffers, arrived, group, blocks: Blocks, tile, steps, transposed, columns=1
+  ):
     self.matrices, self.buffers, self.arrived = matrices, buffers, arrived
     self.group, self.blocks = group, blocks
-    self.tile, self.steps, self.transposed = tile, steps, transposed
+    self.tile, self.steps, self.transposed, self.columns = tile, steps, transposed, columns
 
   def take_up(self, n, v, k, needed) -> Array:
     """Which buffer holds the block of tile of columns `n`, visit `v` and step `k`, all being `needed`.
@@ -104,7 +108,13 @@ class Weights:
       copy.start()
 
   def _copies(self, index, n):
-    if self.steps == 1:
+    if self.steps == 1 and self.columns > 1:
+      turn, n = (
+        jax.lax.div(index, jnp.int32(self.columns)),
+        jax.lax.rem(index, jnp.int32(self.columns)),
+      )
+      group, k = self.blocks.order[turn], 0
+    elif self.steps == 1:
       group, k = self.blocks.order[index], 0
     else:
       visit = jax.lax.div(index, jnp.int32(self.steps))
@@ -113,10 +123,10 @@ class Weights:
     slot = jax.lax.rem(index, jnp.int32(BUFFERS))
     for i, (matrix, buffer) in enumerate(zip(self.matrices, self.buffers, strict=True)):
       axes = zip(place, self.tile, matrix.shape[1:], strict=True)
-      source = matrix.at[(group, *(_cut(*axis) for axis in axes))]
+      source = matrix.at[(group, *(cut(*axis) for axis in axes))]
       yield pltpu.make_async_copy(source, buffer.at[slot], self.arrived.at[i, slot])
 
 
-def _cut(index, size, whole):
+def cut(index, size, whole):
   """The part of an axis; parts of several are multiples of 128."""
   return pl.ds(0, whole) if size == whole else pl.ds(pl.multiple_of(index * size, 128), size)

@@ -7,35 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from .. import compat, registry
-from ..packed import iota
+from .. import compat, registry, segments
+from ..segments import CHUNK as CHUNK
 from .reference import exchange as _reference
 
 NAMES = ('reference', 'tpu')
-# Rows of one copy; segments begin at its multiples, for a copy of a TPU begins at a whole tile of its memory.
-CHUNK = 16
 
 
-class _Static(NamedTuple):
+class Static(NamedTuple):
   """What the compiled program depends on besides shapes."""
 
   axis_name: str
   num_out_rows: int
   implementation: str
-
-
-class Segments(NamedTuple):
-  """Where rows lie on this device, `[P]` each: the segments for, and those from, every device.
-
-  Attributes:
-    first: first row of a segment.
-    size: its rows.
-    chunks: how many copies of CHUNK rows it takes, of those that both devices have room for.
-  """
-
-  first: Array
-  size: Array
-  chunks: Array
 
 
 def ragged_all_to_all(
@@ -53,10 +37,9 @@ def ragged_all_to_all(
   in gradient. Rows for which there is no room, here or there, are lost: the caller must leave it.
 
   Nothing overlaps with it: the kernel ends when all rows have come, and a core that runs one kernel runs no other, so
-  that the first matmul of the experts waits, also where tokens travel in several chunks. Hiding the transfer would
-  take a matmul that waits for each segment by itself, in the same kernel, and that is not written. The exchanges of
-  moejax take XLA's operation instead, whose transfers run beside kernels (moejax/moe/exchange/hop.py, `in_chunks`, has
-  what the compiler makes of it).
+  that the first matmul of the experts waits, also where tokens travel in several chunks. `exchange_matmul` has both in
+  one kernel, which waits for the rows of each expert by themselves. The exchanges of moejax take XLA's operation, whose
+  transfers run beside kernels (moejax/moe/exchange/hop.py, `in_chunks`, has what the compiler makes of it).
 
   Args:
     x: rows to send.
@@ -75,47 +58,27 @@ def ragged_all_to_all(
   if sizes.shape != (devices, devices) or sizes.dtype != jnp.dtype('int32'):
     raise ValueError(f'sizes {sizes.dtype}{sizes.shape}, expected int32{(devices, devices)}')
   x, sizes = compat.vary_together(x, sizes)
-  return _exchange(_Static(axis_name, num_out_rows, implementation or 'reference'), x, sizes)
+  static = Static(axis_name, num_out_rows, implementation or 'reference')
+  return move(static, x, segments.route(sizes[:, :, None], x.shape[0], num_out_rows))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _exchange(static, x, sizes):
+def move(static, x, route):
+  """The rows of a `segments.Route`, zeros between them."""
   if static.implementation == 'reference':
-    return _reference(x, sizes, static.axis_name, static.num_out_rows, CHUNK)
-  me = jax.lax.axis_index(static.axis_name)
-  table = firsts(sizes), firsts(sizes.T).T
-  room = [
-    (n - first) // CHUNK for n, first in zip((x.shape[0], static.num_out_rows), table, strict=True)
-  ]
-  chunks = jnp.clip(-(-sizes // CHUNK), 0, jnp.maximum(jnp.minimum(*room), 0))
-  sent = Segments(table[0][me], sizes[me], chunks[me])
-  received = Segments(table[1][:, me], sizes[:, me], chunks[:, me])
-  arguments = x, sent, received, table[1][me]
-  out = registry.run(__name__, 'exchange', static.implementation, *arguments, static=static)
-  return jnp.where(held(received, static.num_out_rows)[:, None], out, 0)
+    return _reference(x, route, static.axis_name, static.num_out_rows)
+  out = registry.run(__name__, 'exchange', static.implementation, x, route, static=static)
+  return segments.kept(out, route, jax.lax.axis_index(static.axis_name))
 
 
-def _forward(static, x, sizes):
-  return _exchange(static, x, sizes), (jnp.zeros((x.shape[0], 0), x.dtype), sizes)
+def _forward(static, x, route):
+  return move(static, x, route), (jnp.zeros((x.shape[0], 0), x.dtype), route)
 
 
 def _backward(static, residuals, dout):
   """Every segment goes back where it came from."""
-  like, sizes = residuals
-  return _exchange(static._replace(num_out_rows=like.shape[0]), dout, sizes.T), None
+  like, route = residuals
+  return move(static._replace(num_out_rows=like.shape[0]), dout, route.back()), None
 
 
-_exchange.defvjp(_forward, _backward)
-
-
-def firsts(sizes: Array) -> Array:
-  """First row of each segment, along the last axis."""
-  chunked = -(-sizes // CHUNK) * CHUNK
-  return jnp.cumsum(chunked, axis=-1, dtype=jnp.int32) - chunked
-
-
-def held(segments: Segments, num_rows: int) -> Array:
-  """bool `[num_rows]`: which rows belong to a segment and were copied."""
-  row = iota(num_rows)[:, None]
-  end = segments.first + jnp.minimum(segments.size, segments.chunks * CHUNK)
-  return jnp.any((row >= segments.first[None]) & (row < end[None]), axis=1)
+move.defvjp(_forward, _backward)

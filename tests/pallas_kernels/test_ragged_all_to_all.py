@@ -95,7 +95,7 @@ def test_bad_arguments_are_refused(make_mesh):
     call(x, sizes[:3, :3])
   with pytest.raises(ValueError, match="implementation='fast'"):
     call(x, sizes, implementation='fast')
-  with pytest.raises(Unsupported, match=r'x float32\(128, 8\) into 100 rows.*multiples of 16'):
+  with pytest.raises(Unsupported, match=r'out float32\(100, 8\).*multiples of 16'):
     call(x, sizes, implementation='tpu', num_out_rows=100)
   with pytest.raises(Unsupported, match='x float16'):
     call(x.astype(jnp.float16), sizes, implementation='tpu')

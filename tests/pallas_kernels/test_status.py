@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import (
   Unsupported,
+  exchange_matmul,
   expert_ffn,
   grouped_matmul,
   quantise,
@@ -21,6 +22,7 @@ from pallas_kernels import (
 )
 from tests.conftest import ROOT
 from tests.pallas_kernels import (
+  test_exchange_matmul,
   test_expert_ffn,
   test_gpu_compiled,
   test_gpu_interpreted,
@@ -32,6 +34,7 @@ from tests.pallas_kernels import (
 )
 
 TESTS = {
+  'exchange_matmul': test_exchange_matmul,
   'expert_ffn': test_expert_ffn,
   'grouped_matmul': test_grouped_matmul,
   'quantised_matmul': test_quantised_matmul,
@@ -91,12 +94,16 @@ def _call(operation, body, dtype):
   if operation == 'quantised_matmul':
     weights = quantise(w.astype(jnp.float32))
     return quantised_matmul(x, weights, jnp.array([1, 3], jnp.int32), implementation=body)
-  if operation == 'ragged_all_to_all':
+  if operation in ('exchange_matmul', 'ragged_all_to_all'):
     mesh = jax.make_mesh((1,), ('expert',), axis_types=(jax.sharding.AxisType.Auto,))
     options = dict(axis_name='expert', num_out_rows=16, implementation=body)
     send = lambda x, sizes: ragged_all_to_all(x, sizes, **options)
+    sizes = jnp.ones((1, 1), jnp.int32)
+    if operation == 'exchange_matmul':
+      send = lambda x, sizes: exchange_matmul(x, sizes, (jnp.ones((1, 3, 4), dtype),), **options)[0]
+      sizes = sizes[None]
     send = jax.shard_map(send, mesh=mesh, in_specs=(P(), P()), out_specs=P('expert'))
-    return send(jnp.ones((16, 3), dtype), jnp.ones((1, 1), jnp.int32))
+    return send(jnp.ones((16, 3), dtype), sizes)
   rows = jnp.arange(4, dtype=jnp.int32)
   fields = dict(token=rows, expert=rows % 2, weight=jnp.ones(4, dtype), num_experts=2, groups=4)
   assignment = types.SimpleNamespace(**fields)

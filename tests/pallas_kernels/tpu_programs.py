@@ -19,8 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import (
   Quantised,
+  exchange_matmul,
   expert_ffn,
   grouped_matmul,
+  hidden,
+  matmul_exchange,
   pack,
   quantised_matmul,
   ragged_all_to_all,
@@ -137,6 +140,35 @@ def _quantised(name, dtype):
   return Program('quantised_matmul', name, run, args, ('quantised_matmul',), TABLES)
 
 
+def _exchanged(name, rows, d, f, e, dtype):
+  """A layer of `e` experts, and its gradients; `rows` of all devices, a quarter more places for them."""
+
+  def run(x, sizes, gate, up, down, dy):
+    devices, options = sizes.shape[0], dict(axis_name='expert', implementation='tpu')
+    sizes = sizes.reshape(devices, devices, -1)
+
+    def layer(x, gate, up, down):
+      room = x.shape[0] * 5 // 4
+      pre = exchange_matmul(x, sizes, (gate, up), num_out_rows=room, **options)
+      a = hidden('silu', pre)
+      return matmul_exchange((a,), sizes, (down,), num_out_rows=x.shape[0], **options)
+
+    y, pull = jax.vjp(layer, x, gate, up, down)
+    return y, pull(dy)
+
+  matrix = ((e, d, f), dtype)
+  args = ((rows, d), dtype), ((-1, e), I32), matrix, matrix, ((e, f, d), dtype), ((rows, d), dtype)
+  specs = P('expert'), P(), *(P('expert'),) * 4
+  each = ('exchange_matmul', 'matmul_exchange', 'exchange_matmul_drhs')
+  # On each of four devices: the rows that came in both passes, pre-activations, the hidden layer and its gradient, and
+  # one of these without what lies between segments.
+  numbers = rows * 5 // 16 * (2 * _lanes(d) + 5 * _lanes(f))
+  if d % 128 or f % 128:  # operands and results are turned around, see _grouped
+    numbers += rows * _lanes(d) + 6 * e // 4 * d * _lanes(f)
+  mib = TABLES + numbers * jnp.dtype(dtype).itemsize / MIB
+  return Program('exchange_matmul', name, run, args, 2 * each, mib, specs=specs)
+
+
 PROGRAMS = (
   _grouped('A up transposed', 262144, 64, 2048, 1024, BF16, transpose_rhs=True),
   _grouped('B down', 196608, 128, 256, 1536, BF16),
@@ -160,6 +192,8 @@ PROGRAMS = (
     TABLES + 2048 * 1024 * 2 / MIB,  # the result before its rows outside of the segments are zeroed
     specs=(P('expert'), P()),
   ),
+  _exchanged('64 experts of all devices', 65536, 2048, 1024, 64, BF16),
+  _exchanged('24 experts of all devices, odd widths', 1024, 200, 136, 24, F32),
   Program(
     'routing',
     'top_k of 64',
