@@ -161,8 +161,8 @@ def _exchanged(name, rows, d, f, e, dtype):
   specs = P('expert'), P(), *(P('expert'),) * 4
   each = ('exchange_matmul', 'matmul_exchange', 'exchange_matmul_drhs')
   # On each of four devices: the rows that came in both passes, pre-activations, the hidden layer and its gradient, and
-  # one of these without what lies between segments.
-  numbers = rows * 5 // 16 * (2 * _lanes(d) + 5 * _lanes(f))
+  # one of either width without what lies between segments.
+  numbers = rows * 5 // 16 * (3 * _lanes(d) + 5 * _lanes(f))
   if d % 128 or f % 128:  # operands and results are turned around, see _grouped
     numbers += rows * _lanes(d) + 6 * e // 4 * d * _lanes(f)
   mib = TABLES + numbers * jnp.dtype(dtype).itemsize / MIB
