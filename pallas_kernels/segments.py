@@ -49,7 +49,7 @@ def route(sizes: Array, num_rows: int, num_out_rows: int) -> Route:
   return Route(take, put, sizes, jnp.clip(whole, 0, jnp.maximum(jnp.minimum(*room), 0)))
 
 
-def up(sizes: Array) -> Array:
+def up(sizes):
   """Rounded up to multiples of CHUNK."""
   return -(-sizes // CHUNK) * CHUNK
 

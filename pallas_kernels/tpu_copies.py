@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from . import compat
 from .registry import Unsupported
 from .segments import CHUNK, Route
 
@@ -25,19 +26,28 @@ class Tables(NamedTuple):
     put: first row there.
     rows: rows that travel.
     coming: int32 `[E]`, rows that come from all devices.
+    place: int32, where this device is along each of `axes()`.
   """
 
   take: Array
   put: Array
   rows: Array
   coming: Array
+  place: Array
+
+
+def axes() -> tuple[str, ...]:
+  """The mesh around this. A kernel names devices by all of its axes: jax 0.10 cannot add those that are left out."""
+  return jax.sharding.get_abstract_mesh().axis_names
 
 
 def tables(route: Route, axis_name: str) -> Tables:
   """Of this device."""
   me = jax.lax.axis_index(axis_name)
   take, put, rows = (table[me].reshape(-1) for table in (route.take, route.put, route.copied))
-  return Tables(take, put, rows, jnp.sum(route.copied[:, me], axis=0, dtype=jnp.int32))
+  coming = jnp.sum(route.copied[:, me], axis=0, dtype=jnp.int32)
+  place = compat.vary_together(*(jax.lax.axis_index(axis) for axis in axes()))
+  return Tables(take, put, rows, coming, jnp.stack(place))
 
 
 def check(operation: str, *others, **rows) -> None:
@@ -72,11 +82,14 @@ class Copies:
     source, target: `[R, D]` in the memories of the devices.
     sent, arrived: of `semaphores`.
     axis_name: the mesh axis.
+    axes: all of them.
   """
 
-  def __init__(self, tables: Tables, source, target, sent, arrived, axis_name: str):
+  def __init__(self, tables: Tables, source, target, sent, arrived, axis_name: str, axes):
     self.tables, self.source, self.target = tables, source, target
-    self.sent, self.arrived, self.axis_name = sent, arrived, axis_name
+    self.sent, self.arrived = sent, arrived
+    self.place = {axis: tables.place[i] for i, axis in enumerate(axes)}
+    self.axis_name, self.me = axis_name, self.place[axis_name]
     self.count = tables.coming.shape[0]
     self.devices = tables.rows.shape[0] // self.count
 
@@ -84,15 +97,14 @@ class Copies:
     """No device writes into another's memory before that one has come here."""
     barrier = pltpu.get_barrier_semaphore()
     for device in range(self.devices):
-      pl.semaphore_signal(barrier, 1, device_id={self.axis_name: jnp.int32(device)})
+      pl.semaphore_signal(barrier, 1, device_id=self._at(jnp.int32(device)))
     pl.semaphore_wait(barrier, self.devices)
 
   def send(self, i) -> None:
     """Starts the copies of segments `i` to all devices, each with another neighbour first: none gets all at once."""
-    me = jax.lax.axis_index(self.axis_name)
 
     def to(step, _):
-      device = jax.lax.rem(me + step, jnp.int32(self.devices))
+      device = jax.lax.rem(self.me + step, jnp.int32(self.devices))
       at = device * self.count + i
       take, put, rows = self.tables.take[at], self.tables.put[at], self.tables.rows[at]
       pl.when(rows > 0)(lambda: self._copy(device, i, take, put, rows).start())
@@ -124,8 +136,11 @@ class Copies:
       self.target.at[span(put, rows)],
       self.sent,
       self.arrived.at[i],
-      device_id={self.axis_name: device},
+      device_id=self._at(device),
     )
+
+  def _at(self, device):
+    return self.place | {self.axis_name: device}
 
 
 def span(first, rows):

@@ -45,6 +45,7 @@ CASES = {
   'all_to_all_chunks': ('all_to_all', {'capacity_factor': 0, 'chunks': 2}),
   'bilevel': ('bilevel', {'capacity_factor': 0, 'nodes': 2}),
   'ragged_all_to_all': ('ragged_all_to_all', {}),
+  'ragged_in_one_kernel': ('ragged_all_to_all', {'kernel': 'reference'}),
   'ragged_fallback': ('ragged_fallback', {'buffer_factor': 0.5}),
   'sparse_fsdp': ('sparse_fsdp', {'capacity_factor': 0, 'hot': 1}),
 }
@@ -71,6 +72,8 @@ def refusal(case, mesh, groups) -> str | None:
   shards, owners = int(np.prod(MESHES[mesh][:3])), MESHES[mesh][2]
   if case == 'bilevel' and owners % 2:
     return f'nodes=2 does not divide mesh axis expert={owners}'
+  if case == 'ragged_in_one_kernel' and MESHES[mesh][3] > 1:
+    return "kernel='reference' with mesh axis tensor=2: accepted is 1"
   if case == 'local' and groups and groups % shards:
     return "exchange='local' with routing groups that span"
   if case == 'all_to_all_chunks' and groups and groups != T:

@@ -56,9 +56,9 @@ def check_options(settings: Settings, layout: Layout) -> None:
   """
   options, size = options_of(settings, layout), layout.expert
   alone = make_mesh(devices=jax.devices()[:1])
-  make_exchange(
-    layout.exchange, alone, BATCH_AXES, {k: options[k] for k in options if k != 'nodes'}
-  )
+  # The devices of the plan need not be those of this machine.
+  here = {key: options[key] for key in options if key not in ('nodes', 'kernel')}
+  make_exchange(layout.exchange, alone, BATCH_AXES, here)
   found = sizes_of(settings, layout)
   if layout.exchange == 'bilevel' and (found['nodes'] < 1 or size % found['nodes']):
     raise ValueError(f'nodes={found["nodes"]} does not divide mesh axis expert={size}')

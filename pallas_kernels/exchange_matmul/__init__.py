@@ -2,8 +2,8 @@
 
 `exchange_matmul` sends rows to their experts and multiplies them there, `matmul_exchange` multiplies them and sends the
 results back. A layer of experts is one after the other, and either is the gradient of the other. On TPUs both are one
-kernel, in which the products of an expert are made while rows of others travel. Nothing in moejax calls them yet: its
-exchanges use XLA's transfers.
+kernel, in which the products of an expert are made while rows of others travel. The ragged exchange of moejax takes
+them where a config says so (`exchange_options={'kernel': 'tpu'}`).
 """
 
 import functools

@@ -38,6 +38,7 @@ class _Kind(NamedTuple):
     products: of operands and matrices.
     transpose_rhs: matrices are `[E, F, D]`.
     axis_name: of the mesh.
+    axes: all of the mesh.
   """
 
   there: bool
@@ -45,6 +46,7 @@ class _Kind(NamedTuple):
   products: tuple[Product, ...]
   transpose_rhs: bool
   axis_name: str
+  axes: tuple[str, ...]
 
 
 def there(x_rd, rhs, route: Route, *, num_rows, axis_name, transpose_rhs):
@@ -124,10 +126,11 @@ def _call(is_there, lhs, rhs, route, far, outs, products, *, axis_name, transpos
   scalars = (*walk, *blocks, *tables)
   block = (tiles.columns, tiles.inner) if transpose_rhs else (tiles.inner, tiles.columns)
   buffers = lambda number, width: [pltpu.VMEM((2, tiles.rows, width), far.dtype)] * number
+  kind = _Kind(is_there, tiles, products, transpose_rhs, axis_name, tpu_copies.axes())
   in_memory = pl.BlockSpec(memory_space=pl.ANY)
   results = (far, *outs)
   return pl.pallas_call(
-    functools.partial(_kernel, kind=_Kind(is_there, tiles, products, transpose_rhs, axis_name)),
+    functools.partial(_kernel, kind=kind),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(1,),
@@ -169,7 +172,7 @@ def _kernel(*refs, kind: _Kind):
     rhs, buffers, fetched, walk.group, blocks, block, 1, kind.transpose_rhs, columns
   )
   ends = (lhs[0], far) if kind.there else (outs[0], far)
-  copies = tpu_copies.Copies(tables, *ends, sent, arrived, kind.axis_name)
+  copies = tpu_copies.Copies(tables, *ends, sent, arrived, kind.axis_name, kind.axes)
   sources = [far] if kind.there else lhs
   used = walk.used[0]
 

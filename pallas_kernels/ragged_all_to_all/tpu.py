@@ -29,7 +29,7 @@ def exchange(x_rd, route, *, static):
   scalars = tpu_copies.tables(route, static.axis_name)
   in_memory = pl.BlockSpec(memory_space=pl.ANY)
   return pl.pallas_call(
-    functools.partial(_kernel, axis_name=static.axis_name),
+    functools.partial(_kernel, axis_name=static.axis_name, axes=tpu_copies.axes()),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(1,),
@@ -43,9 +43,10 @@ def exchange(x_rd, route, *, static):
   )(*scalars, x_rd)
 
 
-def _kernel(take, put, rows, coming, x, out, sent, arrived, *, axis_name):
-  tables = tpu_copies.Tables(take, put, rows, coming)
-  copies = tpu_copies.Copies(tables, x, out, sent, arrived, axis_name)
+def _kernel(*refs, axis_name, axes):
+  *scalars, x, out, sent, arrived = refs
+  tables = tpu_copies.Tables(*scalars)
+  copies = tpu_copies.Copies(tables, x, out, sent, arrived, axis_name, axes)
   copies.meet()
   copies.send_all()
   copies.wait_sent()

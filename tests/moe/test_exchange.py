@@ -100,6 +100,30 @@ def test_a_full_ragged_buffer_loses_the_rows_of_the_last_devices(rng):
   np.testing.assert_allclose(y, want(~must), rtol=1e-5, atol=1e-6)
 
 
+def test_in_one_kernel_a_full_buffer_loses_rows_of_the_last_experts():
+  """Two owners of four experts each; 512 rows a device, all for the first owner. It has 256 places and 120 more
+  for what lies between eight segments, rounded up to 384: for the first expert and half of the second."""
+  mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
+  tokens, size = 512, 1024
+  expert = np.concatenate([np.repeat(np.arange(4, dtype=np.int32), size // 8)] * 2)
+  weight = np.ones(size, np.float32)
+  x_td = jax.random.normal(jax.random.key(3), (2 * tokens, D), jnp.float32)
+  token = np.arange(size, dtype=np.int32)
+  experts = make_layer(single).experts
+
+  def run(exchange, weight):
+    plan = Assignment(jnp.asarray(token), jnp.asarray(expert), weight, jnp.asarray(expert), E, size)
+    return exchange(x_td, plan, experts, einsum)
+
+  options = {'buffer_factor': 0.5, 'kernel': 'reference'}
+  exchange = make_exchange('ragged_all_to_all', mesh, BATCH_AXES, options)
+  y, lost = jax.jit(lambda weight: run(exchange, weight))(jnp.asarray(weight))
+  want, _ = run(single, jnp.asarray(np.where(lost, 0, weight)))
+  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+  kept = np.bincount(expert[~np.asarray(lost)], minlength=E)
+  assert kept.tolist() == [256, 128, 0, 0, 0, 0, 0, 0]
+
+
 def test_rows_lost_in_the_second_hop_are_told_to_their_device(rng):
   """Two nodes of two devices: what arrives is what is not called lost, and both hops lose something."""
   mesh = make_mesh(2, 1, 4, devices=jax.devices())
@@ -202,6 +226,9 @@ def test_every_dispatch_goes_with_an_exchange(dispatch):
     ('all_to_all', {'capacity_factor': -1.0}, 'capacity_factor=-1.0: accepted are numbers from 0'),
     ('ragged_fallback', {'buffer_factor': -1.0}, 'buffer_factor=-1.0: accepted are numbers'),
     ('sparse_fsdp', {'hot': 0}, 'hot=0: accepted are integers from 1'),
+    ('ragged_all_to_all', {'kernel': 'gpu'}, "kernel='gpu': accepted are 'reference', 'tpu' and"),
+    ('ragged_all_to_all', {'kernel': 'tpu'}, "kernel='tpu': exchange_matmul: .* a TPU, not cpu"),
+    ('ragged_all_to_all', {'kernel': 'reference', 'chunks': 2}, 'with chunks=2: accepted is 1'),
   ],
 )
 def test_names_and_options_that_do_not_exist_are_refused(name, options, message):
@@ -213,11 +240,11 @@ def test_names_and_options_that_do_not_exist_are_refused(name, options, message)
 def test_the_options_told_are_those_that_exchanges_take():
   mesh = make_mesh(2, 1, 4, devices=jax.devices())
   values = {'nodes': 2, 'chunks': 2, 'capacity_factor': 3.0, 'buffer_factor': 3.0, 'hot': 2}
+  values['kernel'] = 'reference'
   for name in EXCHANGES:
-    options = {key: values[key] for key in exchange_options(name)}
-    made = make_exchange(name, mesh, BATCH_AXES, options)
-    inner = getattr(made, 'first', made)
-    assert {key: getattr(inner, key) for key in options} == options
+    for key in exchange_options(name):
+      made = make_exchange(name, mesh, BATCH_AXES, {key: values[key]})
+      assert getattr(getattr(made, 'first', made), key) == values[key]
 
 
 def test_more_hot_experts_than_a_device_has_are_refused():

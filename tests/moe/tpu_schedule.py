@@ -1,7 +1,8 @@
-"""Prints as JSON what the compiled schedule of a chunked exchange has between the start and the end of each transfer.
+"""Prints as JSON what the compiled schedule of an exchange has between the start and the end of each transfer.
 
 `python -m tests.moe.tpu_schedule v5p:2x2x1 '{"chunks": 2}' '{"xla_tpu_enable_async_all_to_all": "true"}'`: topology,
-options of the exchange, options of the compiler.
+options of the exchange, options of the compiler. With the option 'kernel' it is the ragged exchange and its gradients,
+and the kernels are printed that they call.
 """
 
 import json
@@ -26,14 +27,15 @@ D, F, E, S = 1024, 2048, 8, 2048
 
 
 def compiled(topology, options, compiler):
-  """The forward pass of a layer of all devices, a sequence each, in bfloat16, and how many devices."""
+  """The forward pass of a layer of all devices, a sequence each, in bfloat16, lowered and compiled."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  mesh = make_mesh(1, 1, len(devices), devices=devices)
-  exchange = make_exchange('all_to_all', mesh, BATCH_AXES, options)
+  name, fsdp = ('ragged_all_to_all', 2) if 'kernel' in options else ('all_to_all', 1)
+  mesh = make_mesh(1, fsdp, len(devices) // fsdp, devices=devices)
+  exchange = make_exchange(name, mesh, BATCH_AXES, options)
   layer = lambda: MoE(
     D, F, E, {'name': 'top_k', 'k': 2}, exchange=exchange, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
   )
-  graph, state = nnx.split(nnx.eval_shape(layer))
+  graph, state, rest = nnx.split(nnx.eval_shape(layer), nnx.Param, ...)
   shapes = nnx.to_pure_dict(state)
   placed = jax.tree.map(
     lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
@@ -44,8 +46,11 @@ def compiled(topology, options, compiler):
   x = jax.ShapeDtypeStruct(
     (len(devices), S, D), jnp.bfloat16, sharding=NamedSharding(mesh, P(BATCH_AXES))
   )
-  run = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0])
-  return run.lower(state, x).compile(compiler_options=compiler), len(devices)
+  run = lambda state, x: nnx.merge(graph, state, rest)(x)[0]
+  if 'kernel' in options:
+    value, run = run, jax.grad(lambda *args: value(*args).astype(jnp.float32).sum(), (0, 1))
+  lowered = jax.jit(run).lower(state, x)
+  return lowered, lowered.compile(compiler_options=compiler), len(devices)
 
 
 def transfers(text):
@@ -64,9 +69,12 @@ def transfers(text):
 
 def main():
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu asks the network where it is
-  program, devices = compiled(sys.argv[1], *map(json.loads, sys.argv[2:4]))
-  sources = [one.source for one in collectives(program, devices)]
-  told = {'transfers': transfers(program.as_text()), 'sources': sources}
+  lowered, program, devices = compiled(sys.argv[1], *map(json.loads, sys.argv[2:4]))
+  kernels = sorted(re.findall(r'kernel_name = "(\w+)"', lowered.as_text()))
+  told = {'kernels': kernels}
+  if not kernels:
+    told['transfers'] = transfers(program.as_text())
+    told['sources'] = [one.source for one in collectives(program, devices)]
   print(json.dumps(told), flush=True)
 
 

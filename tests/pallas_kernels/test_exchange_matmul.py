@@ -281,6 +281,27 @@ def test_rows_without_room_are_lost_and_nothing_else(implementation, make_mesh):
   assert distance(out, wanted) < 2e-6
 
 
+def test_devices_of_another_axis_exchange_among_themselves(make_mesh):
+  """Two groups of four devices with rows and sizes of their own, on a mesh of which the expert axis is not the last."""
+  cases = [CASES['skewed'], CASES['one device sends nothing']]
+  made = [arrays(sizes) for sizes in cases]
+  rhs = np.asarray(made[0]['rhs'][0], np.float32)
+  x = np.stack([one['x'] for one in made], 1).astype(np.float32)
+
+  def local(x, sizes, rhs):
+    (out,) = one_device('there', 'tpu')(x[0, 0], sizes[0], (rhs[0],))
+    return out[None, None]
+
+  specs = P('expert', 'data'), P('data'), P('expert')
+  options = dict(in_specs=specs, out_specs=P('expert', 'data'), check_vma=False)
+  with interpreted('tpu'):
+    run = jax.jit(jax.shard_map(local, mesh=make_mesh(expert=4, data=2), **options))
+    out = jax.block_until_ready(run(x, jnp.asarray(np.stack(cases), jnp.int32), rhs))
+  for group, (sizes, one) in enumerate(zip(cases, made, strict=True)):
+    wanted = by_hand(sizes, one['x'], made[0]['rhs'], one['dout'])[0][0]
+    assert distance(np.asarray(out)[:, group], wanted) < 2e-6
+
+
 def test_bad_arguments_are_refused(make_mesh):
   x, w = jnp.ones((DEVICES, ROWS, WIDTH)), jnp.ones((DEVICES, EXPERTS, WIDTH, HIDDEN))
   sizes = jnp.ones((DEVICES, DEVICES, EXPERTS), jnp.int32)

@@ -82,7 +82,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
   'all_to_all': ('capacity_factor', 'chunks'),
   'bilevel': ('nodes', 'capacity_factor', 'chunks'),
   'local': (),
-  'ragged_all_to_all': ('buffer_factor', 'chunks'),
+  'ragged_all_to_all': ('buffer_factor', 'chunks', 'kernel'),
   'ragged_fallback': ('buffer_factor', 'chunks'),
   'sparse_fsdp': ('hot', 'capacity_factor', 'chunks'),
 }

@@ -14,6 +14,7 @@ from moejax.moe.dispatch import Dispatch
 from moejax.moe.exchange.all_to_all import check_options
 from moejax.moe.exchange.hop import Inside, Line, Trip, in_chunks, places, spread
 from moejax.moe.exchange.layout import Layout, exchange_rows, exchange_slots
+from moejax.moe.exchange.one_kernel import check_kernel, in_one_kernel
 from moejax.moe.exchange.rows import Rows, take
 from moejax.moe.experts import Experts
 from moejax.routers.capacity import rank_within
@@ -28,14 +29,20 @@ class RaggedAllToAll(Layout):
     buffer_factor: places of a device for rows of all others together, over the rows that it would get were all devices
       alike; rows that find none are lost, and counted. 0: as many as there can be rows, and none is lost.
     chunks: parts that the tokens of a device travel in.
+    kernel: 'tpu': rows travel in the kernels of the experts' matmuls, whatever the dispatch, so that products of some
+      experts are made beside the transfer of others' rows (pallas_kernels/exchange_matmul; interpreted and compiled for
+      TPUs, not timed). Where there is no place it is rows of the last experts of a device that are lost. 'reference':
+      the same by an all-gather, on any device. None: transfers by XLA, then the dispatch.
   """
 
   buffer_factor: float | int = 0.0
   chunks: int = 1
+  kernel: str | None = None
 
   def __post_init__(self):
     super().__post_init__()
     check_options(buffer_factor=self.buffer_factor, chunks=self.chunks)
+    check_kernel(self.kernel, self.mesh, self.width, self.chunks)
 
   def __call__(
     self, x_td: Array, assignment: Assignment, experts: Experts, dispatch: Dispatch
@@ -44,6 +51,11 @@ class RaggedAllToAll(Layout):
     line = Line(self.expert_axis, self.owners, experts.num_experts)
 
     def body(x_td, rows, bank):
+      if self.kernel is not None:
+        longest = _longest(rows, x_td.shape[0])
+        buffer = places(self.buffer_factor, rows.expected, 1, self.owners * longest)
+        return in_one_kernel(x_td, rows, line, longest, buffer, bank.experts, self.kernel)
+
       def one(x_td, rows):
         most = self.owners * _longest(rows, x_td.shape[0])
         buffer = places(self.buffer_factor, rows.expected, 1, most)
