@@ -44,13 +44,15 @@ COLUMNS = (
 def main(argv: list[str]) -> int:
   file, given, own, overrides = cli.parse_own(argv, 'experiments.compare', _define)
   runs = plan.load(file, overrides)
+  if own['list']:
+    sweep.list_runs(runs)
+    return 0
   folder = Path(given) if given else Path('runs') / 'compare' / Path(file).stem
+  out = workdir.make_folder(Path(own['out']), '--out') if own['out'] else folder
   with workdir.locked(folder):
     sweep.train_all(runs, folder, own['workers'], own['retries'], own['backend'])
   table = rows.read(folder)
   groups = by_router(table)
-  out = Path(own['out'] or folder)
-  out.mkdir(parents=True, exist_ok=True)
   lines = compare_all(folder, groups)
   record.write_table(lines, out / 'comparison.csv')
   losses = {name: [row['eval_loss'] for row in group] for name, group in groups.items()}

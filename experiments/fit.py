@@ -17,9 +17,9 @@ import numpy as np
 
 from experiments import cli
 from experiments.arguments import Arguments, counts, fraction, number, whole
-from experiments.errors import BadInput, StorageError
+from experiments.errors import BadInput
 from experiments.table import Table, read_table
-from experiments.workdir import write_text
+from experiments.workdir import make_folder, write_text
 from moejax.scaling import FORMS, Fit, fit_law
 
 SIZE = {
@@ -38,10 +38,7 @@ def main(argv: list[str]) -> int:
   table, fixed = select(table, options.law, options.experts, options.granularity)
   result = fit(table, options)
   out = options.out or (options.runs if options.runs.is_dir() else options.runs.parent) / 'fit'
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise StorageError(f'--out={out} cannot be made: {error.strerror}') from error
+  make_folder(out, '--out')
   record = as_record(result, table, options, fixed)
   write_text(out / 'fit.json', json.dumps(record, indent=1, allow_nan=False) + '\n')
   print(describe(result, table, options.law, fixed))

@@ -46,6 +46,7 @@ TRAIN = (
 def main(argv: list[str]) -> int:
   settings, _, folder, own = cli.parse(argv, 'experiments.placement', _define)
   moe = settings.model.moe
+  wanted = [_positive(devices) for devices in own['devices']]
   parts = assemble(settings)
   if not (folder / 'checkpoints').is_dir():
     raise BadInput(f'--workdir={folder} has no checkpoint of a model to place')
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
     raise BadInput(
       f'model.kind={settings.model.kind!r} is not placed: accepted are decoder, encoder'
     )
+  if own['out']:
+    out = workdir.make_folder(Path(own['out']), '--out')
   choices = []
   for index in range(min(own['batches'], parts.eval_stream.num_batches)):
     batch = parts.eval_stream.batch(index)
@@ -68,9 +71,9 @@ def main(argv: list[str]) -> int:
   experts = moe.num_experts * moe.granularity
   width = 4 if settings.model.dtype == 'float32' else 2
   reports = []
-  for devices in own['devices']:
+  for devices in wanted:
     try:
-      report = judged(np.stack(choices), experts, _positive(devices), own['slots'])
+      report = judged(np.stack(choices), experts, devices, own['slots'])
     except ValueError as error:
       raise BadInput(str(error)) from error
     for name in ('before', 'after'):
@@ -86,8 +89,6 @@ def main(argv: list[str]) -> int:
       'config': workdir.read_json(workdir.config_path(folder)),
       'rows': reports,
     }
-    out = Path(own['out'])
-    out.mkdir(parents=True, exist_ok=True)
     workdir.write_text(out / 'result.json', json.dumps(result, indent=1) + '\n')
     workdir.write_text(out / 'README.md', page(result))
   return 0

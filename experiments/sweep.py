@@ -33,11 +33,10 @@ _REDRAW_SECONDS = 1.0
 def main(argv: list[str]) -> int:
   file, given, own, overrides = cli.parse_own(argv, 'experiments.sweep', define)
   runs = plan.load(file, overrides)
-  folder = Path(given) if given else Path('runs') / 'sweeps' / Path(file).stem
   if own['list']:
-    for run in runs:
-      print(run.key, run.name)
+    list_runs(runs)
     return 0
+  folder = Path(given) if given else Path('runs') / 'sweeps' / Path(file).stem
   with workdir.locked(folder):
     train_all(runs, folder, own['workers'], own['retries'], own['backend'])
   print(f'Table: {folder / "table.csv"}', file=sys.stderr)
@@ -55,6 +54,12 @@ def define(values: flags.FlagValues) -> None:
   names = ', '.join(BACKENDS)
   flags.DEFINE_enum('backend', 'local', BACKENDS, f'who runs them: {names}', flag_values=values)
   flags.DEFINE_boolean('list', False, 'print the runs and do nothing', flag_values=values)
+
+
+def list_runs(runs: list[Run]) -> None:
+  """Prints folder and name of each run."""
+  for run in runs:
+    print(run.key, run.name)
 
 
 def train_all(runs: list[Run], folder: Path, workers: int, retries: int, backend: str) -> None:

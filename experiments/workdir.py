@@ -85,6 +85,19 @@ def read_json(file: Path) -> dict[str, Any]:
   return values
 
 
+def make_folder(folder: Path, flag: str) -> Path:
+  """Makes a folder that this flag of a program names.
+
+  Raises:
+    StorageError: it cannot be made.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise StorageError(f'{flag}={folder} cannot be made: {error.strerror}') from error
+  return folder
+
+
 def write_text(file: Path, text: str) -> None:
   """Replaces a file at once: a reader, or a crash, sees the old text or the new, never a part.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import compare
-from experiments.errors import BadInput
+from experiments.errors import BadInput, StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = """grid(
@@ -34,6 +34,24 @@ def test_a_comparison_trains_every_router_and_writes_one_table_and_one_figure(
   )
   assert (tmp_path / 'out' / 'plot.png').stat().st_size > 5000
   assert '`switch`' in capsys.readouterr().out
+
+
+def test_listed_runs_are_not_trained(tmp_path, monkeypatch, capsys, make_sweep):
+  monkeypatch.chdir(tmp_path)
+  compare.main(['compare.py', f'--config={make_sweep(RUNS)}', '--workdir=runs', '--list'])
+  assert len(capsys.readouterr().out.splitlines()) == 6
+  assert not (tmp_path / 'runs').exists()
+
+
+def test_a_folder_for_the_table_that_cannot_be_made_is_refused_before_training(
+  tmp_path, monkeypatch, make_sweep
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'file').write_text('')
+  arguments = [f'--config={make_sweep(RUNS)}', '--workdir=runs', '--out=file/out']
+  with pytest.raises(StorageError, match='--out=file/out cannot be made: Not a directory'):
+    compare.main(['compare.py', *arguments])
+  assert not (tmp_path / 'runs').exists()
 
 
 def compare_lines(tmp_path):
