@@ -128,7 +128,7 @@ def _define(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     'layout', 'best', 'best, or config for its own mesh alone', flag_values=values
   )
-  flags.DEFINE_integer('top', 12, 'lines of the table', flag_values=values)
+  flags.DEFINE_integer('top', 12, 'lines of the table', 1, flag_values=values)
   flags.DEFINE_string('page', '', 'HTML file to write; else under runs/', flag_values=values)
 
 

@@ -14,6 +14,7 @@ from experiments.planning.search import Plan, describe
 from experiments.planning.traffic import moves
 from experiments.planning.workload import Workload
 from experiments.report_page import STYLE
+from experiments.workdir import make_folder, write_text
 
 COLOURS = ('#4269d0', '#efb118', '#ff725c', '#6cc5b0', '#a463f2')
 SHOWN = 12
@@ -48,9 +49,13 @@ def write_page(
   plans: Sequence[Plan],
   notes: Sequence[str] = (),
 ) -> None:
-  """Writes the page of these plans, the fastest first, with these sentences among its notes."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(render(name, work, topology, plans, notes), encoding='utf-8')
+  """Writes the page of these plans, the fastest first, with these sentences among its notes.
+
+  Raises:
+    StorageError: the file or its folder cannot be written.
+  """
+  make_folder(file.parent, '--page')
+  write_text(file, render(name, work, topology, plans, notes))
 
 
 def render(

@@ -49,6 +49,8 @@ def copies(work: Workload, layout: Layout) -> float:
   """Numbers of the experts of all layers that every device has copies of, its own among them."""
   whole = sum(elements for tensor, elements in work.classes if tensor.group == 'experts')
   counts = [count for _, count in work.mixtures]
+  if not counts:
+    return 0.0
   return whole / sum(counts) * hot(work, layout) * len(counts) / layout.tensor
 
 

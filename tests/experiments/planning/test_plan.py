@@ -7,13 +7,14 @@ import pytest
 
 from configs.scale import mixtral_8x7b
 from experiments import plan
-from experiments.errors import BadInput
+from experiments.errors import BadInput, StorageError
 from experiments.planning.report import notes
 from experiments.planning.tensors import tensors
 from experiments.planning.workload import Layout, workload
 from experiments.settings import Settings
 
 CONFIG = str(Path(__file__).resolve().parents[3] / 'configs/scale/mixtral_8x7b.py')
+TINY = str(Path(__file__).resolve().parents[3] / 'configs/tiny.py')
 
 
 def run(capsys, *arguments):
@@ -120,6 +121,7 @@ def test_options_of_another_exchange_are_to_be_removed():
     ((), '--topology is missing: it must be one of v4:AxBxC'),
     (('--topology=v9:4x4',), '--topology=v9:4x4 is not accepted: it must be one of v4:AxBxC'),
     (('--topology=v5p:2x2x2', '--layout=worst'), '--layout=worst is not accepted'),
+    (('--topology=v5p:2x2x2', '--top=-2'), 'flag --top=-2: -2 is not a positive integer'),
     (('--topology=v5e:2x2',), 'v5e:2x2 is too small by'),
     (('--topology=v5p:2x2x2', '--config.model.vocab_size=0'), '--config.model.vocab_size=N'),
   ],
@@ -128,3 +130,20 @@ def test_what_cannot_be_planned_is_one_sentence(arguments, message):
   with pytest.raises(BadInput, match=message.replace('(', r'\(')) as error:
     plan.main(['plan', '--config', CONFIG, *arguments])
   assert '\n' not in str(error.value)
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path):
+  (tmp_path / 'file').write_text('')
+  arguments = ['plan', '--config', TINY, '--topology=v5e:2x2']
+  for page, why in (('file/plan.html', 'File exists'), ('.', 'Is a directory')):
+    with pytest.raises(StorageError, match=why):
+      plan.main([*arguments, f'--page={tmp_path / page}'])
+  assert [one.name for one in tmp_path.iterdir()] == ['file']
+
+
+def test_a_model_without_mixtures_is_planned_too(capsys, tmp_path):
+  page = tmp_path / 'plan.html'
+  flags = ['--topology=v5e:2x2', f'--page={page}', '--config.model.moe.layers=none']
+  plan.main(['plan', '--config', TINY, *flags])
+  assert '--config.mesh.expert=1' in capsys.readouterr().out
+  assert 'experts' not in page.read_text().partition('<h2>Sharding')[2]
