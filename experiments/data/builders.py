@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from experiments.data import sources
-from experiments.errors import DataError
+from experiments.errors import DataError, StorageError
 
 _PAGE = re.compile(rb'^  <page>\n', re.MULTILINE)
 _TRAIN_END, _VALIDATION_END = 0.90, 0.95  # fractions of the bytes of wiki6
@@ -143,12 +143,17 @@ def prepare(builder_cls: type[OrderedBuilder], data_dir: Path) -> tfds.core.Data
 
   Raises:
     DataError: the folder holds a data set made from other bytes.
+    StorageError: the folder cannot be written.
   """
   builder = builder_cls(data_dir=data_dir, file_format='array_record')
   if not builder.data_path.exists():
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(data_dir / f'.{builder.name}.lock'):
-      _generate(builder)
+    try:
+      data_dir.mkdir(parents=True, exist_ok=True)
+      with _lock(data_dir / f'.{builder.name}.lock'):
+        _generate(builder)
+    except OSError as error:
+      why = error.strerror or error
+      raise StorageError(f'data_dir={data_dir} cannot be written: {why}') from error
   prepared = tfds.core.read_only_builder.builder_from_directory(builder.data_dir)
   found = (prepared.info.metadata or {}).get('source_sha256')
   if found != builder_cls.SOURCE_SHA256:

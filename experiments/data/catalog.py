@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +93,17 @@ def _known_names(data_dir: Path) -> list[str]:
 
 
 def _check_split(builder: Any, split: str) -> None:
-  known: Sequence[str] = list(builder.info.splits)
+  known = builder.info.splits
   try:
-    builder.info.splits[split]
+    found = known[split]
   except (KeyError, ValueError) as error:
-    near = difflib.get_close_matches(split, known, n=1)
+    near = difflib.get_close_matches(split, list(known), n=1)
     hint = f'did you mean {near[0]!r}?' if near else f'it has {", ".join(known)}'
     raise BadInput(f'split={split!r} is not in {builder.info.full_name}: {hint}') from error
+  if not found.num_examples:
+    base = split.partition('[')[0]
+    text = f'split={split!r} has none of the {known[base].num_examples} records of {base!r}'
+    raise BadInput(f'{text} in {builder.info.full_name}')
 
 
 def _random_access(builder: Any, split: str) -> Any:

@@ -31,7 +31,7 @@ from experiments.data.images import (
 from experiments.data.records import Dataset, load_index
 from experiments.data.text import Window, Windows, inspect_text, mask_tokens, text_feature
 from experiments.data.tokenizers import Tokenizer, make_tokenizer
-from experiments.errors import BadInput, DataError
+from experiments.errors import BadInput
 
 Objective = Literal['causal', 'masked', 'classify']
 OBJECTIVES = ('causal', 'masked', 'classify')
@@ -179,7 +179,7 @@ def make_stream(
 
   Raises:
     BadInput: an argument that cannot be served.
-    DataError: damaged data, too many invalid records, or too little text for one window.
+    DataError: damaged data, or too many invalid records.
   """
   _check(objective, batch_size, seed, process_index, process_count)
   # TFDS and grain are slow to import: a program that opens no stream does not pay for them
@@ -278,9 +278,9 @@ def _open_text(
   causal = mask_rate is None
   windows = Windows(dataset, feature, index, tokenizer, length, causal=causal, pad=not train)
   if not len(windows):
-    raise DataError(
-      f'{dataset.full_name} {dataset.split} has {windows.num_tokens} tokens, '
-      f'fewer than sequence_length={length}'
+    raise BadInput(
+      f'sequence_length={length} is more than the {windows.num_tokens} tokens of '
+      f'{dataset.full_name} {dataset.split}'
     )
   return Content(
     items=windows,

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.data import builders, sources
 from experiments.data.builders import Mnist5k, Wiki6, prepare
-from experiments.errors import DataError
+from experiments.errors import DataError, StorageError
 
 
 def _records(builder, split):
@@ -99,10 +99,17 @@ def test_a_failure_in_the_middle_leaves_nothing_prepared(tmp_path, monkeypatch):
     raise OSError('the disk went away')
 
   monkeypatch.setattr(Wiki6, 'splits', lambda self: {'train': broken(self)})
-  with pytest.raises(OSError, match='the disk went away'):
+  with pytest.raises(StorageError, match='cannot be written: the disk went away'):
     prepare(Wiki6, tmp_path)
   monkeypatch.undo()
   assert prepare(Wiki6, tmp_path).info.splits['train'].num_examples == 190
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_with_its_path(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('')
+  with pytest.raises(StorageError, match=f'data_dir={file} cannot be written: File exists'):
+    prepare(Mnist5k, file)
 
 
 def test_a_data_set_prepared_from_other_bytes_is_refused(tmp_path):

@@ -55,6 +55,7 @@ def test_a_tfds_name_that_is_not_prepared_gets_the_command_that_prepares_it(name
     ('trian', "'trian' is not in wiki6/1.0.0: did you mean 'train'"),
     ('zzz', 'it has train, validation, test'),
     ('train[:', 'is not in wiki6'),
+    ('test[:1%]', 'has none of the .* records of .test. in wiki6/1.0.0'),
   ],
 )
 def test_an_unknown_split_gets_the_nearest_one(split, sentence, data_dir):

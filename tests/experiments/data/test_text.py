@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from experiments.data import make_stream
 from experiments.data.text import mask_tokens
-from experiments.errors import BadInput, DataError
+from experiments.errors import BadInput
 
 SEP, MASK = 255, 254
 
@@ -109,7 +109,7 @@ def test_segments_and_positions_change_exactly_at_the_separators(text_stream):
 
 
 def test_text_shorter_than_a_window_is_refused_in_training(stream_of):
-  with pytest.raises(DataError, match='has 4 tokens, fewer than sequence_length=5'):
+  with pytest.raises(BadInput, match='sequence_length=5 is more than the 4 tokens of'):
     stream_of([b'abc'], sequence_length=5, train=True)
 
 
