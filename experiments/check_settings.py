@@ -17,6 +17,8 @@ _OBJECTIVES = {'decoder': ('causal',), 'encoder': ('masked',), 'vit': ('classify
 def check_model(model: ModelSettings) -> None:
   if not model.head_dim:
     _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads)
+  if model.kind != 'vit' and model.positions == 'rotary' and model.attention != 'latent':
+    _check_pairs(model)
   if model.num_kv_heads:
     _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
   if model.attention != 'grouped':
@@ -39,6 +41,14 @@ def check_model(model: ModelSettings) -> None:
   _check_implementation(moe)
   if moe.pyramid:
     _check_pyramid(model)
+
+
+def _check_pairs(model: ModelSettings) -> None:
+  if model.head_dim % 2:
+    raise refuse('model.head_dim', model.head_dim, 'even: rotary positions turn pairs')
+  if not model.head_dim and model.d_model // model.num_heads % 2:
+    text = f'such that model.d_model={model.d_model} over it is even: rotary positions turn pairs'
+    raise refuse('model.num_heads', model.num_heads, text)
 
 
 def _check_layers(key: str, pattern: str, layers: tuple[int, ...], num_layers: int) -> None:

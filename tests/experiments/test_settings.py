@@ -143,6 +143,17 @@ def test_an_int_is_accepted_for_a_float_and_becomes_one():
       'model.num_heads=4 is not accepted: it must be a multiple of model.num_kv_heads=3',
     ),
     (
+      'model.head_dim',
+      7,
+      'model.head_dim=7 is not accepted: it must be even: rotary positions turn pairs',
+    ),
+    (
+      'model.num_heads',
+      128,
+      'model.num_heads=128 is not accepted: it must be such that model.d_model=128 over it is even: '
+      'rotary positions turn pairs',
+    ),
+    (
       'model.attention',
       'latent',
       "model.qk_norm=True is not accepted: it must be False with model.attention='latent', which norms its latents",
