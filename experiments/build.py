@@ -9,7 +9,7 @@ import json
 from experiments.check_routing import check_routing, check_vocabulary
 from experiments.data import Stream, make_stream
 from experiments.errors import BadInput
-from experiments.kernels import check_kernels
+from experiments.kernels import check_exchange, check_kernels
 from experiments.make_model import build_mesh, model_maker
 from experiments.optim import make_optimizer
 from experiments.place import batch_share
@@ -103,6 +103,7 @@ def build_program(settings: Settings, stream: Stream) -> Program:
     )
   except ValueError as error:
     raise BadInput(str(error)) from error
+  check_exchange(settings, program, stream)
   check_kernels(settings, program, stream)
   return program
 

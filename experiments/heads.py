@@ -18,6 +18,7 @@ from moejax.moe.attention_experts import AttentionExperts
 from moejax.moe.head_rows import BesideTokens, by_expert
 from moejax.moe.losses import check_losses
 from moejax.moe.switch_head import SwitchHead
+from moejax.option_types import check_types
 from moejax.routers import Flags
 
 OPTIONS = {'experts': ('kind',), 'switch_head': ('k',)}
@@ -81,6 +82,8 @@ def head_facts(model: ModelSettings) -> HeadFacts | None:
     if option not in OPTIONS[model.attention]:
       accepted = ', '.join(OPTIONS[model.attention])
       raise ValueError(f'option {option!r} of {model.attention!r}: accepted are {accepted}')
+  kinds = {'experts': AttentionExperts, 'switch_head': SwitchHead}
+  check_types(f'{model.attention!r}', kinds[model.attention], model.heads.options)
   if model.attention == 'experts' and not isinstance(model.heads.router.get('name'), str):
     raise ValueError("router without a name: accepted are mappings {'name': ..., **options}")
   jax.eval_shape(call, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Kernels that a config asks for by name: what cannot run is refused before anything is written."""
+"""Kernels and exchanges that a config asks for: what cannot run is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -39,12 +39,31 @@ def check_kernels(settings: Settings, program: Program, stream: Stream) -> None:
   if not settings.model.moe_layers or moe.implementation == 'auto':
     return
   check_devices(settings, program.mesh.devices.flat)
-  shape = lambda x: jax.ShapeDtypeStruct((settings.batch_size, *x.shape[1:]), x.dtype)
-  batch, state = jax.tree.map(shape, stream.batch(0)), program.abstract
   try:
-    jax.eval_shape(program.eval_step, state.params, state.routing, batch)
+    _trace(settings.batch_size, program, stream)
   except Unsupported as error:
     raise refusal(settings, error) from error
+
+
+def check_exchange(settings: Settings, program: Program, stream: Stream) -> None:
+  """Traces the model on a microbatch: options are compared with what a device has of it while it is traced.
+
+  Raises:
+    BadInput: `model.moe.exchange_options` that do not fit the tokens or the experts of a device.
+  """
+  options = settings.model.moe.exchange_options
+  if not settings.model.moe_layers or not options or program.mesh.size == 1:
+    return
+  try:
+    _trace(settings.batch_size // settings.microbatches, program, stream)
+  except ValueError as error:
+    raise BadInput(f'model.moe.exchange_options={options}: {error}') from error
+
+
+def _trace(batch_size: int, program: Program, stream: Stream) -> None:
+  shape = lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
+  batch, state = jax.tree.map(shape, stream.batch(0)), program.abstract
+  jax.eval_shape(program.eval_step, state.params, state.routing, batch)
 
 
 def refusal(settings: Settings, error: Unsupported) -> BadInput:

@@ -14,6 +14,7 @@ from moejax.moe.layer import MoE
 from moejax.moe.multi_head import MultiHeadMoE
 from moejax.moe.nested import NestedFFN
 from moejax.moe.peer import Peer
+from moejax.option_types import check_types
 
 
 def _peer(d_model, d_ff, num_experts, router, **options):
@@ -91,6 +92,9 @@ def make_layer(
       raise ValueError(
         f'option {option!r} of kind {kind!r}: accepted are {", ".join(own) or "none"}'
       )
+  bare = {'peer': Peer, 'deep': DeepMoE, 'nested': NestedFFN}.get(kind)
+  for annotated in (bare,) if bare else (make, MoE):
+    check_types(f'kind {kind!r}', annotated, options)
   if kind in BARE:
     for name, usual in USUAL.items():
       if name in common and (common[name] or usual) != usual:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.option_types import check_types
+
 MOMENTUM, SQUARE = 'momentum', 'momentum_square'
 """Names in `Context.state`, both `[B, S, D]`, zero below the first mixture."""
 
@@ -153,6 +155,7 @@ def make_momentum(options: str | Mapping[str, Any]) -> Momentum:
   for key, value in values.items():
     if key not in fields:
       raise ValueError(f'option {key!r} of momentum {name!r}: accepted are {", ".join(fields)}')
+    check_types(f'momentum {name!r}', MOMENTA[name], {key: value})
     if key == 'kappa' and not value > 1:
       raise ValueError(f'momentum kappa={value}: accepted are numbers above 1')
     if key in ('mu', 'b1', 'b2', 'rho') and not 0 <= value < 1:

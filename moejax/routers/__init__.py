@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from moejax.option_types import check_types
 from moejax.routers.ada_moe import ada_moe
 from moejax.routers.base import base
 from moejax.routers.cosine import cosine
@@ -177,17 +178,23 @@ def make_shared(
 
 def router_options(name: str) -> tuple[str, ...]:
   """Names of the options that a router takes beside d_model, num_experts and rngs."""
+  return tuple(_takers(name))
+
+
+def _takers(name: str) -> dict[str, Callable[..., Router]]:
+  """Option -> the function that it comes to."""
   hidden = {'d_model', 'num_experts', 'rngs', 'scorer', 'affinity'}
-  accepted: dict[str, None] = {}
+  takers: dict[str, Callable[..., Router]] = {}
   function: Callable[..., Router] | None = find_router(name)
   while function is not None:
     parameters = inspect.signature(function).parameters.values()
-    own = {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in hidden}
-    accepted |= own
+    for p in parameters:
+      if p.kind is not p.VAR_KEYWORD and p.name not in hidden:
+        takers.setdefault(p.name, function)
     passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
     function, fixed = PASSED_ON.get(function, (None, ())) if passes_on else (None, ())
     hidden |= set(fixed)
-  return tuple(accepted)
+  return takers
 
 
 def count_option(name: str) -> str | None:
@@ -198,14 +205,15 @@ def count_option(name: str) -> str | None:
 
 
 def check_router_options(name: str, options: dict) -> None:
-  """Raises ValueError for an unknown router or an option that it does not take."""
-  accepted = router_options(name)
+  """Raises ValueError for an unknown router, an option that it does not take, or one of another type."""
+  accepted = _takers(name)
   for option in options:
     if option not in accepted:
       raise ValueError(
         f'option {option!r} of router {name!r}: accepted are {", ".join(accepted) or "none"}'
         f'{_nearest(option, accepted)}'
       )
+    check_types(f'router {name!r}', accepted[option], {option: options[option]})
 
 
 def _nearest(word: str, accepted) -> str:

@@ -49,6 +49,22 @@ def test_a_chip_that_is_not_there_is_one_sentence_before_anything_runs(body, chi
     assemble(settings(body))
 
 
+@pytest.mark.parametrize(
+  ('exchange', 'options', 'sentence'),
+  [
+    ('all_to_all', {'chunks': 3}, 'chunks=3: accepted are divisors of the 16 tokens of a device'),
+    ('sparse_fsdp', {'hot': 3}, 'hot=3: accepted are 1 to 2, the experts of a device'),
+    ('all_to_all', {'chunks': 'x'}, "chunks='x' of exchange='all_to_all': accepted are integers"),
+  ],
+)
+def test_options_that_do_not_fit_a_device_are_refused_before_anything_runs(
+  exchange, options, sentence
+):
+  changes = {'model.moe.exchange': exchange, 'model.moe.exchange_options': options}
+  with pytest.raises(BadInput, match=f'^model.moe.*: {sentence}'):
+    assemble(settings(**changes, **{'mesh.expert': 4}))
+
+
 def test_widths_that_a_body_does_not_take_are_refused_while_they_are_traced(monkeypatch):
   monkeypatch.setattr(chips, 'check_device', lambda *args: None)
   usual = {'model.dtype': 'bfloat16'}

@@ -10,6 +10,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from moejax.option_types import check_types
+
 from .all_gather import AllGather as AllGather
 from .all_to_all import AllToAll as AllToAll
 from .bilevel import Bilevel as Bilevel
@@ -62,7 +64,7 @@ def make_exchange(
 
 
 def check_exchange(name: str, options: Mapping[str, Any]) -> None:
-  """Raises ValueError for an unknown exchange or an option that it does not take."""
+  """Raises ValueError for an unknown exchange, an option that it does not take or a value of another type."""
   if name not in EXCHANGES:
     raise ValueError(f'exchange={name!r}: accepted are {", ".join(map(repr, EXCHANGES))}')
   accepted = exchange_options(name)
@@ -70,6 +72,7 @@ def check_exchange(name: str, options: Mapping[str, Any]) -> None:
     if key not in accepted:
       text = ', '.join(map(repr, accepted)) or 'none'
       raise ValueError(f'exchange={name!r} has no option {key!r}: accepted are {text}')
+  check_types(f'exchange={name!r}', EXCHANGES[name], options)
 
 
 def exchange_options(name: str) -> tuple[str, ...]:
