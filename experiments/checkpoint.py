@@ -271,4 +271,5 @@ def _versions() -> dict[str, str]:
 
 
 def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
+  first = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return first.partition(' [tensorstore_spec')[0]  # thousands of characters of no use

@@ -131,8 +131,9 @@ def parse_own(
   if not path and given and workdirs.config_path(Path(given)).is_file():
     path = str(workdirs.config_path(Path(given)))
   if not path:
+    alone = f', and {given} has no config.json' if given else ''
     raise BadInput(
-      f'--config is missing: usage: python -m {program} --config FILE.py [--workdir DIR]'
+      f'--config is missing{alone}: usage: python -m {program} --config FILE.py [--workdir DIR]'
     )
   return path, given, named, rest[1:]
 
@@ -220,7 +221,9 @@ def override(config: ConfigDict, argv: list[str]) -> ConfigDict:
   for argument in argv[1:]:
     key = _override_key(argument)
     if key and key not in accepted and key.rpartition('.')[0] not in _OPEN_SECTIONS:
-      raise BadInput(unknown_key(key, accepted))
+      section = key.rpartition('.')[0]
+      beside = [name for name in accepted if name.rpartition('.')[0] == section]
+      raise BadInput(unknown_key(key, accepted, beside or list(config)))
   router_before = _router(config)
   values = flags.FlagValues()
   values.set_gnu_getopt(True)

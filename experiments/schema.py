@@ -42,14 +42,14 @@ def read(section: type[Section], values: Mapping[str, Any], prefix: str = '') ->
   return section(**{key: _value(hint, values[key], prefix + key) for key, hint in hints.items()})
 
 
-def unknown_key(key: str, accepted: list[str]) -> str:
-  """The sentence for a key that does not exist: the nearest accepted one, or else all of them."""
+def unknown_key(key: str, accepted: list[str], beside: list[str] | None = None) -> str:
+  """The sentence for a key that does not exist: the nearest accepted one, or else all `beside` it, or of them."""
   near = difflib.get_close_matches(key, accepted, n=1, cutoff=0.75) or [
     name for name in accepted if name.rpartition('.')[2] == key.rpartition('.')[2]
   ]
   if near:
     return f'{key} is not a setting: did you mean {near[0]}?'
-  return f'{key} is not a setting: accepted are {", ".join(accepted)}'
+  return f'{key} is not a setting: accepted are {", ".join(beside or accepted)}'
 
 
 def refuse(key: str, value: Any, accepted: str) -> BadInput:

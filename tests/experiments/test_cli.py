@@ -166,6 +166,11 @@ def test_help_lists_the_flags_and_ends_with_0(capsys):
       ['--config=gs://a/b.py'],
       '--config=gs://a/b.py is not accepted: it must be a .py or .json file of this machine',
     ),
+    (
+      ['--workdir=nowhere'],
+      '--config is missing, and nowhere has no config.json: usage: python -m experiments.train --config FILE.py '
+      '[--workdir DIR]',
+    ),
     (['--config'], 'Missing value for flag --config'),
     (['--confg=a.py'], '--confg is not a setting: did you mean --config?'),
     (['--zzz=1'], '--zzz is not a setting: accepted are --config, --workdir, --config.key=value'),
@@ -186,6 +191,15 @@ def test_a_command_line_without_a_usable_config_is_refused(arguments, sentence):
     (
       '--config.learning_rate=3',
       'learning_rate is not a setting: did you mean optim.learning_rate?',
+    ),
+    (
+      '--config.mesh.rows=3',
+      'mesh.rows is not a setting: accepted are mesh.data, mesh.expert, mesh.fsdp, mesh.tensor',
+    ),
+    (
+      '--config.lr=3',
+      'lr is not a setting: accepted are allow_leak, batch_size, checkpoint, data, eval, log, mesh, microbatches, '
+      'model, optim, profile, seed, steps',
     ),
     ('--config.steps.x=3', 'steps.x is not a setting: did you mean steps?'),
     ('--config.steps=abc', "steps='abc' is not accepted: it must be an integer"),
