@@ -18,7 +18,8 @@ def check_types(where: str, make: Callable[..., Any], options: Mapping[str, Any]
 
   Args:
     where: for the message, such as "router 'top_p'".
-    make: a function, a class or a partial of these; options that it does not annotate are not looked at.
+    make: a function, a class or a partial of these; options that it does not annotate in a way that can be read are not
+      looked at.
     options: by name. Values of other types than those of a config, such as arrays, are not looked at either.
 
   Raises:
@@ -29,7 +30,10 @@ def check_types(where: str, make: Callable[..., Any], options: Mapping[str, Any]
     annotated = annotated.func
   if isinstance(annotated, type) and not dataclasses.is_dataclass(annotated):
     annotated = inspect.getattr_static(annotated, '__init__')
-  hints = typing.get_type_hints(annotated)
+  try:
+    hints = typing.get_type_hints(annotated)
+  except (NameError, TypeError):  # somebody's own, with names for type checkers alone, or an object
+    return
   for name, value in options.items():
     kinds = _kinds(hints.get(name))
     plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))

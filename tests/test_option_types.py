@@ -36,6 +36,18 @@ def test_values_are_compared_with_annotations(name, good, bad, accepted):
       check_types('it', taker, {name: value})
 
 
+def test_annotations_that_cannot_be_read_are_passed_over():
+  def later(k: 'NotImported'):
+    return k
+
+  class Callable:
+    def __call__(self, k: int):
+      return k
+
+  check_types('it', later, {'k': 'x'})
+  check_types('it', Callable(), {'k': 'x'})
+
+
 @pytest.mark.parametrize('name', router_names())
 def test_every_router_has_annotations_that_can_be_read(name):
   check_router_options(name, {})
