@@ -91,12 +91,15 @@ def folders(argv: list[str], program: str, names: tuple[str, ...] = ('DIR',)) ->
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-  """Runs a program; the errors of experiments.errors become one sentence and their exit code."""
+  """Runs a program; the errors of experiments.errors become one sentence and their exit code, Ctrl-C a word and 130."""
   try:
     code = main(sys.argv)
   except ExperimentError as error:
     print(error, file=sys.stderr)
     code = error.exit_code
+  except KeyboardInterrupt:
+    print('Interrupted', file=sys.stderr)
+    code = 130  # as shells have it: 128 and the number of the signal
   sys.exit(code or 0)
 
 

@@ -25,7 +25,7 @@ from experiments.data import check_fingerprint, prefetch
 from experiments.errors import NonFiniteError
 from experiments.evaluate import make_evaluation
 from experiments.flops import active_share, training_flops
-from experiments.log import make_writer, no_writer
+from experiments.log import make_writer, no_writer, read_lines
 from experiments.place import place_batch
 from experiments.program import Program
 from experiments.progress import Progress, compiling
@@ -116,8 +116,8 @@ def train(
         progress.note(f'Stopped after step {done} as asked; the same command goes on from here')
         break
 
-  if settings.log.report and distributed.is_first():
-    write_report(folder)
+  if settings.log.report and distributed.is_first() and read_lines(folder / 'metrics.jsonl'):
+    write_report(folder)  # of a run that was stopped before its first line there is none
     print(f'Report: {folder / "report.html"}', file=sys.stderr)
   return parts
 

@@ -287,6 +287,15 @@ def test_run_turns_our_errors_into_a_sentence_and_their_exit_code(error, code, c
   assert capsys.readouterr().err == f'{error}\n'
 
 
+def test_run_ends_with_a_word_where_ctrl_c_is_not_handled(capsys):
+  def main(argv):
+    raise KeyboardInterrupt
+
+  with pytest.raises(SystemExit) as exit:
+    cli.run(main)
+  assert (exit.value.code, capsys.readouterr().err) == (130, 'Interrupted\n')
+
+
 def test_run_keeps_the_traceback_of_other_errors():
   def main(argv):
     raise KeyError('a bug')

@@ -198,6 +198,17 @@ def test_an_unwritable_workdir_is_refused_before_anything_is_computed(tmp_path):
   assert caught.value.exit_code in (2, 15)
 
 
+def test_a_run_stopped_before_its_first_line_ends_well_and_goes_on(tmp_path, monkeypatch):
+  monkeypatch.setattr(train.Stop, 'after', lambda self, done: True)
+  small = ('--config.model.moe.layers=none', '--config.model.num_layers=1', '--config.log.every=2')
+  assert run(tmp_path / 'run', *small) == 0
+  assert digests(tmp_path / 'run', 1)
+  assert not (tmp_path / 'run' / 'report.html').exists()
+  assert run(tmp_path / 'run', *small) == 0
+  assert [line['step'] for line in lines(tmp_path / 'run')] == [1]
+  assert (tmp_path / 'run' / 'report.html').exists()
+
+
 def test_a_leak_that_is_asked_for_is_trained(tmp_path):
   """allow_leak=True: the demonstration of the leak needs it. Evaluation keeps its own time, whatever the log does."""
   run(
