@@ -109,7 +109,9 @@ class Peer(nnx.Module):
     """Scores and numbers of the k best experts of every head, best first; float32 or wider."""
     wide = wide_dtype(x_bsd.dtype)
     weight = self.query.weight[...].astype(wide)
-    query = product(x_bsd.astype(wide), weight).reshape(*x_bsd.shape[:2], self.heads, -1)
+    query = product(x_bsd.astype(wide), weight, precision='highest').reshape(
+      *x_bsd.shape[:2], self.heads, -1
+    )
     if self.query_norm is not None:
       query = self.query_norm(query).astype(wide)
     halves = jnp.split(query, 2, -1)

@@ -20,6 +20,7 @@ from moejax.moe.product_keys import product_top_k, retrieve
 from moejax.transformer.attention import Attention
 from moejax.transformer.block import Block
 from moejax.transformer.linear import fan_in_init
+from tests.precisions import precisions
 
 D, N = 8, 64
 
@@ -31,6 +32,12 @@ def make(**options):
 
 def tokens(shape=(2, 5, D), dtype=jnp.float32):
   return jax.random.normal(jax.random.key(1), shape, dtype)
+
+
+def test_accelerators_are_not_to_cut_the_inputs_of_the_products_that_choose():
+  peer = make()
+  found = precisions(jax.make_jaxpr(lambda x: peer.retrieve(x)[0])(tokens()).jaxpr)
+  assert found == [(jax.lax.Precision.HIGHEST,) * 2] * 3  # queries, and keys of either side
 
 
 def test_the_three_best_pairs_of_four_by_four():

@@ -11,6 +11,7 @@ from moejax.routers import router_options
 from moejax.routers.group_limited import GroupLimitedAffinity
 from moejax.routers.top_k import TopKAssign
 from moejax.routers.weighting import normalised
+from tests.precisions import precisions
 
 D, E = 8, 4
 X = jax.random.normal(jax.random.key(1), (2, 6, D))
@@ -137,18 +138,6 @@ def test_bad_options_are_refused(name, options, message):
     make(name, **options)
 
 
-def products(jaxpr):
-  """The precision of every matrix product in it and in what it calls."""
-  found = []
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == 'dot_general':
-      found.append(equation.params['precision'])
-    for inner in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, 'eqns')):
-      if hasattr(inner, 'eqns') or hasattr(inner, 'jaxpr'):
-        found += products(getattr(inner, 'jaxpr', inner))
-  return found
-
-
 @pytest.mark.parametrize('name', ['top_k', 'cosine', 'rmoe', 'kamoe', 'sinkhorn'])
 def test_accelerators_are_not_to_cut_the_inputs_of_a_routers_products(name):
   """Their usual products of float32 look at 8 or 11 bits of 24; here neither way, forward or backward, does."""
@@ -160,6 +149,6 @@ def test_accelerators_are_not_to_cut_the_inputs_of_a_routers_products(name):
     return (plan.weight**2).sum()
 
   jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, jnp.ones((1, 6, 8)))
-  found = products(jaxpr.jaxpr)
+  found = precisions(jaxpr.jaxpr)
   assert len(found) >= 3
   assert set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
