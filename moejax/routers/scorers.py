@@ -30,6 +30,9 @@ class LinearScorer(nnx.Module):
     init_std: standard deviation of the initial kernel; default 1 / sqrt(D).
     init: initializer instead of a truncated normal of `init_std`.
     rngs: source of the initial kernel.
+
+  Raises:
+    ValueError: `noise_std`, `jitter` or `init_std` below 0.
   """
 
   def __init__(
@@ -43,6 +46,9 @@ class LinearScorer(nnx.Module):
     init: Callable[..., Array] | None = None,
     rngs: nnx.Rngs,
   ):
+    for name, value in {'noise_std': noise_std, 'jitter': jitter, 'init_std': init_std}.items():
+      if value is not None and not value >= 0:
+        raise ValueError(f'{name}={value}: accepted are numbers from 0')
     std = d_model**-0.5 if init_std is None else init_std
     init = init or nnx.initializers.truncated_normal(std)
     self.kernel = nnx.Param(init(rngs.params(), (d_model, num_experts), jnp.float32))

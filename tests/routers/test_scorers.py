@@ -152,3 +152,9 @@ def test_accelerators_are_not_to_cut_the_inputs_of_a_routers_products(name):
   found = precisions(jaxpr.jaxpr)
   assert len(found) >= 3
   assert set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
+@pytest.mark.parametrize('option', ['noise_std', 'jitter', 'init_std'])
+def test_a_spread_below_zero_is_refused(option):
+  with pytest.raises(ValueError, match=f'{option}=-1.0: accepted are numbers from 0'):
+    make_router('top_k', d_model=8, num_experts=4, **{option: -1.0}, rngs=nnx.Rngs(0))
