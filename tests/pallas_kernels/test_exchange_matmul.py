@@ -21,6 +21,15 @@ BODIES = ('tpu',)
 WIDTH, HIDDEN = 8, 12
 
 
+def pytest_generate_tests(metafunc):
+  # The gradient of either operation is the other's kernel: one of them runs both. With --full-matrix all.
+  if metafunc.function.__name__.startswith('test_each_row'):
+    full = metafunc.config.getoption('--full-matrix')
+    back = CASES if full else ('skewed', 'around the width of a copy')
+    pairs = [*(('there', case) for case in CASES), *(('back', case) for case in back)]
+    metafunc.parametrize(('operation', 'case'), pairs)
+
+
 def segments(sizes):
   """(source, device, expert, rows at the source, rows at the device) of every segment, by counting."""
   upto = lambda size: -(-size // CHUNK) * CHUNK
@@ -131,9 +140,7 @@ def assert_close(found, wanted, tolerance):
     assert distance(one, other) < tolerance, name
 
 
-@pytest.mark.parametrize('operation', ('there', 'back'))
 @pytest.mark.parametrize('implementation', ('reference', *BODIES))
-@pytest.mark.parametrize('case', CASES)
 def test_each_row_meets_its_expert_and_its_gradient_comes_back(
   case, implementation, operation, make_mesh
 ):
@@ -149,10 +156,9 @@ def _tiled(monkeypatch, rows, columns=None):
   monkeypatch.setattr(tpu_tiles, 'for_rows', fit)
 
 
-@pytest.mark.parametrize('operation', ('there', 'back'))
 @pytest.mark.parametrize(
-  ('case', 'rows', 'transpose_rhs'),
-  [('skewed', 32, True), ('all to one expert', 256, False)],
+  ('operation', 'case', 'rows', 'transpose_rhs'),
+  [('there', 'skewed', 32, True), ('back', 'all to one expert', 256, False)],
 )
 def test_an_expert_of_several_tiles(case, rows, transpose_rhs, operation, make_mesh, monkeypatch):
   """Two tiles of columns; tiles of 32 rows, of which an expert has many, and of 256, of which parts are computed."""

@@ -65,7 +65,7 @@ BALANCED = Case('balanced', 40, (20, 20))
 # What two operations call by different names.
 SAME = {'all dropped': 'tail only', 'uneven, some dropped': 'uneven with a tail'}
 SAME |= {'empty experts at both ends': 'one choice', 'one row': 'fewer rows than experts'}
-SAME |= {'a tile and a row': 'around the block width'}
+SAME |= {'a tile and a row': 'around the block width', 'a little uneven': 'uneven with a tail'}
 
 
 def test_each_case_of_the_tables_has_a_smaller_one():
