@@ -36,10 +36,11 @@ def _forward(first, second, keys, k):
   formula = 'TNH,NEH->TNE' if keys.ndim == 4 else 'TNH,EH->TNE'
 
   def one_chunk(_, halves):
-    scores = [
-      jnp.einsum(formula, *both, precision='highest') for both in zip(halves, keys, strict=True)
-    ]
-    return None, product_top_k(*scores, k)
+    first, second = (
+      jnp.einsum(formula, half, own, precision='highest')
+      for half, own in zip(halves, keys, strict=True)
+    )
+    return None, product_top_k(first, second, k)
 
   _, found = jax.lax.scan(one_chunk, None, split(CHUNK, first, second))
   score, expert = (joined(part, len(first)) for part in found)
