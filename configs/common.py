@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
   config.microbatches = 1  # gradient accumulation: batch_size is cut in so many parts
   config.allow_leak = False  # train a causal model with a router that looks at later tokens
   config.profile = False  # write a profiler trace of a few steps into the workdir
+  # options of XLA for the training step: {'xla_tpu_enable_async_all_to_all': True}
+  config.compiler = ConfigDict()
 
   config.data = ConfigDict()
   config.data.name = 'wiki6'

@@ -7,6 +7,7 @@ import functools
 import json
 
 from experiments.check_routing import check_routing, check_vocabulary
+from experiments.compiler import check_compiler
 from experiments.data import Stream, make_stream
 from experiments.errors import BadInput
 from experiments.kernels import check_exchange, check_kernels
@@ -62,6 +63,7 @@ def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> 
     BadInput: settings that only the data, the devices or the library can refuse.
   """
   check_routing(settings)
+  check_compiler(settings.compiler)
   share = batch_share(build_mesh(settings))
   train_stream = open_stream(settings, train=True, share=share)
   eval_stream = open_stream(settings, train=False, share=share)
@@ -100,6 +102,7 @@ def build_program(settings: Settings, stream: Stream) -> Program:
       average_rate=settings.optim.average_rate,
       consistency=settings.optim.consistency,
       output=settings.model.output,
+      compiler_options=settings.compiler,
     )
   except ValueError as error:
     raise BadInput(str(error)) from error

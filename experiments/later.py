@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LATER: dict[str, Any] = {
+  'compiler': {},
   'mesh.tensor': 1,
   'model.attention': 'grouped',
   'model.latent': {'q_rank': 0, 'kv_rank': 0, 'rotary_dim': 0, 'value_dim': 0},

@@ -25,6 +25,7 @@ class Program:
     make_optimizer: of abstract parameters.
     mesh: over all devices.
     microbatches, losses, other_losses, bias_rate, average_rate, consistency, output: see `make_train_step`.
+    compiler_options: of XLA, for the training step.
 
   Attributes:
     mesh, definition, optimizer: as given.
@@ -49,6 +50,7 @@ class Program:
     average_rate: float = 0.0,
     consistency: float = 0.0,
     output: str = 'softmax',
+    compiler_options: Mapping[str, Any] | None = None,
   ):
     self.mesh = mesh
     self.definition = definition
@@ -68,7 +70,12 @@ class Program:
     )
     # where the state lay before: left to itself the compiler may cut a norm's scale, and refuse it in the next step
     kept = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-    self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(kept, replicated))
+    self._train_step = jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=(kept, replicated),
+      compiler_options=dict(compiler_options or {}),
+    )
     self._compiled: Any = None
 
   @property

@@ -227,6 +227,7 @@ class Settings:
   microbatches: Annotated[int, _at_least_1]
   allow_leak: bool
   profile: bool
+  compiler: dict[str, Any]  # options of XLA for the training step
   data: DataSettings
   model: ModelSettings
   optim: OptimSettings

@@ -30,6 +30,7 @@ MAY_CHANGE = (
   'microbatches',
   'allow_leak',
   'profile',
+  'compiler',
   'data.eval_crop',
   'data.data_dir',
   'data.allow_changed_stream',

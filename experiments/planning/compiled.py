@@ -151,6 +151,7 @@ def lower(settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
       'depth': {'guidance': settings.model.depth.loss},
     },
     bias_rate=settings.optim.bias_rate,
+    compiler_options=settings.compiler,
   )
   shape = (settings.batch_size, settings.data.sequence_length)
   rows = NamedSharding(mesh, P(BATCH_AXES))

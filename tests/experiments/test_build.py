@@ -6,8 +6,10 @@ import jax
 import pytest
 
 from configs import common, tiny
+from experiments.compiler import check_compiler
 from experiments.errors import BadInput
 from experiments.make_model import build_mesh, make_exchange, model_maker
+from experiments.planning.compiled import lower
 from experiments.settings import Settings
 from experiments.state import ModelDef
 from moejax.mesh.make import make_mesh
@@ -94,3 +96,24 @@ def test_dense_layers_of_an_image_model_are_gated_as_its_experts_are(gated):
   counts = count_params(shapes)
   assert counts['moe/experts'] == 2 * matrices
   assert counts['ffn'] == matrices + 24 + 16 + gated * 24  # and offsets
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [('xla_no_such_option', True), ('xla_cpu_enable_fast_math', 'maybe')],
+)
+def test_an_option_that_the_compiler_does_not_have_is_one_sentence(name, value):
+  check_compiler({'xla_cpu_enable_fast_math': False})
+  with pytest.raises(BadInput, match=f'^compiler.{name}={value!r} is not accepted: .* for cpu'):
+    check_compiler({name: value})
+
+
+def test_options_of_the_compiler_reach_the_training_step():
+  config = common.get_config()
+  config.data.sequence_length, config.batch_size = 8, 1
+  config.model.update(d_model=8, num_layers=1, num_heads=1, d_ff=8)
+  config.compiler = {'xla_no_such_option': True}
+  with jax.numpy_dtype_promotion('standard'):
+    step = lower(Settings.from_config(config), make_mesh(devices=jax.devices()[:1]))
+  with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
+    step.compile()

@@ -35,6 +35,7 @@ def _config_keys(config, prefix=''):
   keys = set()
   for name, value in config.items():
     nested = isinstance(value, dict) and f'{prefix}{name}' not in (
+      'compiler',
       'model.moe.router',
       'model.moe.losses',
       'model.moe.zero_experts',

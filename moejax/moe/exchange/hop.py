@@ -137,10 +137,9 @@ def in_chunks(x_td: Array, rows: Rows, chunks: int, one: Hop) -> tuple[Array, Ar
   """`(y_td, lost_r)` of a hop in chunks of tokens: one is sent and another comes back beside the work on a third.
 
   What the compiler for TPUs makes of two chunks on four v5p, of 2,048 tokens a device or 8,192 (libtpu 0.0.42,
-  tests/moe/test_schedule.py): with `xla_tpu_enable_async_all_to_all=true` (a compiler option, or in LIBTPU_INIT_ARGS)
-  rows of the second chunk travel during matrix products of the first, and outputs of the first during those of the
-  second. Only the first way there and the last way back are waited for. Without it an all-to-all stays in one piece,
-  and nothing overlaps.
+  tests/moe/test_schedule.py): with its option `xla_tpu_enable_async_all_to_all` (`config.compiler`) rows of the second
+  chunk travel during matrix products of the first, and outputs of the first during those of the second. Only the first
+  way there and the last way back are waited for. Without it an all-to-all stays in one piece, and nothing overlaps.
 
   Raises:
     ValueError: chunks that do not divide the tokens of a device, or rows that do not follow their tokens.
