@@ -15,6 +15,7 @@ from experiments.step import controls, make_train_step
 from moejax.mesh.make import make_mesh
 from moejax.moe.layer import MoE
 from moejax.transformer import Decoder
+from moejax.transformer.flops import forward_flops_per_token
 
 BATCH, LENGTH, VOCABULARY = 16, 256, 256
 WIDTH, LAYERS, HEADS = 256, 4, 4
@@ -58,6 +59,16 @@ class Ours:
     for _ in range(steps):
       self.state, metrics = self._step(self.state, self.batch, self._control)
     return float(metrics['loss'])
+
+
+def flops_per_token() -> int:
+  """Model FLOPs of a training step, three times the forward pass, by token; the same of both sides."""
+  mixture = {'experts': CHOICES * 3 * 2 * WIDTH * HIDDEN, 'router': 2 * WIDTH * EXPERTS}
+  sizes = dict(
+    vocab_size=VOCABULARY, d_model=WIDTH, num_layers=LAYERS, num_heads=HEADS, d_ff=HIDDEN
+  )
+  parts = forward_flops_per_token(**sizes, seq_len=LENGTH, num_moe_layers=LAYERS, moe=mixture)
+  return 3 * sum(parts.values())
 
 
 def our_model(rngs):

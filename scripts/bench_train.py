@@ -2,7 +2,8 @@
 
 Trains one mixture-of-experts decoder on the CPU twice, with the training step of experiments/step.py and with
 OlmoeForCausalLM of Hugging Face transformers in an ordinary PyTorch loop, and prints the median tokens per
-second of each and their ratio. The two take turns, so that a load from elsewhere meets both.
+second of each and their ratio. The two take turns, so that a load from elsewhere meets both. It
+also says how many tokens a second would be if a step were nothing but products of large dense matrices.
 
 Both: the same sizes, float32, random tokens, 2 threads, AdamW, clipping, balance loss. In their favour: fused AdamW,
 `scaled_dot_product_attention` without a mask. In ours: q and k are normed per head, not over all heads at once.
@@ -27,6 +28,7 @@ except ImportError as error:
     f'bench_train: {error}; run it with MOEJAX_EXTRAS=hf scripts/python scripts/bench_train.py'
   )
 
+import jax
 import numpy as np
 
 from experiments.allocator import keep_freed_memory
@@ -44,7 +46,9 @@ from scripts.bench_decoder import (
   VOCABULARY,
   WIDTH,
   Ours,
+  flops_per_token,
 )
+from scripts.bench_experts import matmul_step
 from scripts.conditions import conditions
 
 THREADS = 2
@@ -105,6 +109,19 @@ class Theirs:
     return loss.item()
 
 
+def dense_rate(rounds: int = 8) -> float:
+  """FLOP/s of a float32 product of two square matrices, the best that either library reaches in so many rounds."""
+  size = 2048
+  ours, theirs = matmul_step(size), torch.ones(size, size)
+  products = (lambda: jax.block_until_ready(ours()), lambda: theirs @ theirs)
+  seconds = []
+  for product in products * rounds:
+    start = time.perf_counter()
+    product()
+    seconds.append(time.perf_counter() - start)
+  return 2 * size**3 / min(seconds)
+
+
 def race(sides: dict, rounds: int, steps: int) -> tuple[dict[str, list[float]], int]:
   """Tokens per second of every side in every quiet round, and how many rounds were not quiet.
 
@@ -156,6 +173,7 @@ def main(arguments=None):
   theirs = {name: Theirs(tokens, name) for name in options.experts}
   sides = {'ours': Ours(tokens), **theirs}
   check_sizes(sides['ours'], theirs[options.experts[0]])
+  dense = dense_rate()
   rates, disturbed = race(sides, options.rounds, options.steps)
   counted = len(rates['ours'])
   if counted < 3:
@@ -171,6 +189,11 @@ def main(arguments=None):
       f'{name:>12}: {value:.0f} tokens/s, median of {counted} quiet rounds ({disturbed} not counted)'
     )
   print(f'ours / {best}: {ratio:.2f} (median of rounds; {pairs[0]:.2f} to {pairs[-1]:.2f})')
+  ceiling = dense / flops_per_token()
+  print(
+    f'{flops_per_token():,} model FLOPs a token; a dense product runs at {dense / 1e9:.0f} GFLOP/s, which is '
+    f'{ceiling:.0f} tokens/s: ours {median["ours"] / ceiling:.2f} of it, {best} {median[best] / ceiling:.2f}'
+  )
   if options.out:
     result = {
       **conditions(),
@@ -181,6 +204,9 @@ def main(arguments=None):
       'median': median,
       'ratio': ratio,
       'ratio_of_rounds': pairs,
+      'model_flops_per_token': flops_per_token(),
+      'dense_flops_per_second': dense,
+      'tokens_per_second_at_dense_rate': ceiling,
     }
     options.out.write_text(json.dumps(result, indent=1) + '\n')
 
