@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 
+from jax.sharding import Mesh
+
 from experiments.check_routing import check_routing, check_vocabulary
 from experiments.compiler import check_compiler
 from experiments.data import Stream, make_stream
@@ -86,29 +88,38 @@ def build_program(settings: Settings, stream: Stream) -> Program:
   Raises:
     BadInput: what only the devices or the library can refuse.
   """
-  mesh = build_mesh(settings)
   try:
-    program = Program(
-      ModelDef(model_maker(settings, stream, mesh)),
-      functools.partial(make_optimizer, settings.optim),
-      mesh,
-      microbatches=settings.microbatches,
-      losses=settings.model.moe.losses,
-      other_losses={
-        'attention': settings.model.heads.losses,
-        'depth': {'guidance': settings.model.depth.loss},
-      },
-      bias_rate=settings.optim.bias_rate,
-      average_rate=settings.optim.average_rate,
-      consistency=settings.optim.consistency,
-      output=settings.model.output,
-      compiler_options=settings.compiler,
-    )
+    program = make_program(settings, stream, build_mesh(settings))
   except ValueError as error:
     raise BadInput(str(error)) from error
   check_exchange(settings, program, stream)
   check_kernels(settings, program, stream)
   return program
+
+
+def make_program(settings: Settings, stream: Stream, mesh: Mesh) -> Program:
+  """The program on any mesh, of devices that are only described too.
+
+  Raises:
+    ValueError: parameters that do not divide over the mesh.
+  """
+  model, optim = settings.model, settings.optim
+  return Program(
+    ModelDef(model_maker(settings, stream, mesh)),
+    functools.partial(make_optimizer, optim),
+    mesh,
+    microbatches=settings.microbatches,
+    losses=model.moe.losses,
+    other_losses={
+      'attention': model.heads.losses,
+      'depth': {'guidance': model.depth.loss},
+    },
+    bias_rate=optim.bias_rate,
+    average_rate=optim.average_rate,
+    consistency=optim.consistency,
+    output=model.output,
+    compiler_options=settings.compiler,
+  )
 
 
 def program_key(settings: Settings, stream: Stream) -> str:

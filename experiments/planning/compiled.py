@@ -21,19 +21,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.build import make_program
 from experiments.errors import BadInput
 from experiments.kernels import check_devices, refusal
-from experiments.make_model import model_maker
-from experiments.optim import make_optimizer
 from experiments.planning.chips import Topology
 from experiments.planning.exchanges import options_of
 from experiments.planning.memory import memory
 from experiments.planning.tensors import data_shape
 from experiments.planning.traffic import moves
 from experiments.planning.workload import Layout, Workload
-from experiments.program import Program
 from experiments.settings import Settings
-from experiments.state import ModelDef
 from experiments.step import Control
 from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.mesh.traffic import collectives
@@ -140,19 +137,7 @@ def laid_out(settings: Settings, layout: Layout) -> Settings:
 
 def lower(settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
   """The training step, lowered for shapes with shardings."""
-  program = Program(
-    ModelDef(model_maker(settings, data_shape(settings), mesh)),
-    functools.partial(make_optimizer, settings.optim),
-    mesh,
-    microbatches=settings.microbatches,
-    losses=settings.model.moe.losses,
-    other_losses={
-      'attention': settings.model.heads.losses,
-      'depth': {'guidance': settings.model.depth.loss},
-    },
-    bias_rate=settings.optim.bias_rate,
-    compiler_options=settings.compiler,
-  )
+  program = make_program(settings, data_shape(settings), mesh)
   shape = (settings.batch_size, settings.data.sequence_length)
   rows = NamedSharding(mesh, P(BATCH_AXES))
   batch = {
