@@ -123,6 +123,35 @@ def test_a_nan_in_one_group_reaches_no_other(implementation):
   assert np.isfinite(found['rhs'][[0, 2, 3]]).all()
 
 
+@pytest.mark.parametrize('implementation', ('reference', *BODIES))
+def test_a_device_with_some_of_the_experts_computes_their_rows_alone(implementation):
+  """Experts 1 and 2 of four, or 2 and 3: the others' rows hold NaN, as do those past the last group."""
+  arrays = BY_NAME['uneven with a tail'].arrays('float32')
+  whole = value_and_gradients('reference')(arrays)
+  first_e = np.cumsum([0, *arrays['group_sizes']])
+
+  @jax.jit
+  def run(lhs, rhs, offset):
+    def loss(lhs, rhs):
+      options = dict(group_offset=offset, implementation=implementation)
+      out = grouped_matmul(lhs, rhs, jnp.asarray(arrays['group_sizes']), **options)
+      return jnp.sum(jnp.sin(out)), out
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(lhs, rhs)
+
+  for offset in (1, 2):
+    own = slice(first_e[offset], first_e[offset + 2])
+    lhs = np.full_like(arrays['lhs'], np.nan)
+    lhs[own] = arrays['lhs'][own]
+    with interpreted(implementation):
+      (_, out), (dlhs, drhs) = run(lhs, arrays['rhs'][offset : offset + 2], jnp.int32(offset))
+    wanted = {'rhs': whole['rhs'][offset : offset + 2]}
+    for name in ('out', 'lhs'):
+      wanted[name] = np.zeros_like(whole[name])
+      wanted[name][own] = whole[name][own]
+    assert_equal({'out': out, 'lhs': dlhs, 'rhs': drhs}, wanted, 1e-5)
+
+
 @pytest.mark.parametrize('implementation', BODIES)
 def test_bfloat16_rounds_the_result_only(implementation, case):
   arrays = case.arrays('float32')
@@ -166,6 +195,28 @@ def test_rows_sharded_over_a_mesh_equal_one_device(implementation, make_mesh):
   assert_equal({'out': out, 'lhs': dlhs, 'rhs': drhs}, wanted, 1e-5)
 
 
+def test_devices_with_one_expert_each_add_up_to_all(make_mesh):
+  """check_vma=True: every device sees all rows, and takes those of its own expert."""
+  mesh = make_mesh(expert=4)
+  arrays = BY_NAME['uneven with a tail'].arrays('float32')
+  sizes = jnp.asarray(arrays['group_sizes'])
+
+  def own(lhs, rhs):
+    out = grouped_matmul(lhs, rhs, sizes, group_offset=jax.lax.axis_index('expert'))
+    return jax.lax.psum(out, 'expert')
+
+  everyone = jax.shard_map(own, mesh=mesh, in_specs=(P(), P('expert')), out_specs=P())
+
+  def loss(lhs, rhs):
+    out = everyone(lhs, rhs)
+    return jnp.sum(jnp.sin(out)), out
+
+  gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+  (_, out), (dlhs, drhs) = gradient(jnp.asarray(arrays['lhs']), jnp.asarray(arrays['rhs']))
+  wanted = value_and_gradients('reference')(arrays)
+  assert_equal({'out': out, 'lhs': dlhs, 'rhs': drhs}, wanted, 1e-5)
+
+
 def test_bad_arguments_are_refused():
   arrays = BY_NAME['one expert'].arrays('float32')
   lhs, rhs = jnp.asarray(arrays['lhs']), jnp.asarray(arrays['rhs'])
@@ -196,6 +247,18 @@ def test_axes_and_types_of_group_sizes_are_checked_without_a_type_checker():
     check_axes(lhs, rhs, sizes[:1])
   with pytest.raises(ValueError, match='group_sizes.dtype=float32, expected int32'):
     check_axes(lhs, rhs, sizes.astype(jnp.float32))
+
+
+def test_an_offset_that_leaves_a_matrix_without_a_group_is_refused():
+  lhs, rhs, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.ones(3, jnp.int32)
+  with pytest.raises(ValueError, match='group_offset=2: expected 0 to 1, so that every matrix'):
+    grouped_matmul(lhs, rhs, sizes, group_offset=2)
+  with pytest.raises(ValueError, match='group_offset=-1: expected 0 to 1'):
+    grouped_matmul(lhs, rhs, sizes, group_offset=-1)
+  with pytest.raises(ValueError, match=r'group_offset=1.0: expected one integer'):
+    check_axes(lhs, rhs, sizes, 1.0)
+  with pytest.raises(ValueError, match=r'expected \[R, D\], \[E, D, F\] and \[G\] of E groups'):
+    check_axes(lhs, rhs, sizes[:1], 0)
 
 
 def test_the_tpu_refuses_what_its_kernels_do_not_compute():

@@ -16,16 +16,17 @@ from pallas_kernels.hopper.rows import raster
 lay_out = jax.jit(layout.lay_out, static_argnums=(1, 2))
 
 
-@hypothesis.given(st.lists(st.integers(0, 90), min_size=4, max_size=4))
-def test_each_row_is_once_in_a_tile_of_its_expert(sizes):
-  """Of 360 rows, those past the last group are in no tile."""
-  starts = np.cumsum([0, *sizes]).astype(np.int32)
-  found = jax.tree.map(np.asarray, lay_out(jnp.asarray(starts), 360, 64))
+@hypothesis.given(st.lists(st.integers(0, 90), min_size=4, max_size=4), st.integers(0, 30))
+def test_each_row_is_once_in_a_tile_of_its_expert(sizes, before):
+  """Of 390 rows, those before the first group (a group offset) and past the last are in no tile."""
+  starts = np.cumsum([before, *sizes]).astype(np.int32)
+  found = jax.tree.map(np.asarray, lay_out(jnp.asarray(starts), 390, 64))
   kept = found.row >= 0
-  assert sorted(found.row[kept]) == list(range(sum(sizes)))
+  rows = np.arange(starts[0], starts[-1])
+  assert sorted(found.row[kept]) == list(rows)
   owner = np.repeat(np.arange(4), sizes)
-  np.testing.assert_array_equal(np.repeat(found.expert, 64)[kept], owner[found.row[kept]])
-  np.testing.assert_array_equal(found.row[found.slot[: sum(sizes)]], np.arange(sum(sizes)))
+  np.testing.assert_array_equal(np.repeat(found.expert, 64)[kept], owner[found.row[kept] - before])
+  np.testing.assert_array_equal(found.row[found.slot[rows]], rows)
   used = sum(-(-size // 64) for size in sizes)
   assert found.used == used and not kept[used * 64 :].any()
   np.testing.assert_array_equal(found.steps, [-(-size // 64) for size in sizes])
