@@ -18,9 +18,9 @@ pytestmark = [
 ASYNCHRONOUS = {'xla_tpu_enable_async_all_to_all': 'true'}
 
 
-def schedule(options, compiler, topology='v5p:2x2x1'):
+def schedule(options, compiler, *more, topology='v5p:2x2x1'):
   """What tpu_schedule.py says of an exchange between four chips; a process of its own, for libtpu stays loaded."""
-  arguments = [topology, json.dumps(options), json.dumps(compiler)]
+  arguments = [topology, json.dumps(options), json.dumps(compiler), *more]
   done = subprocess.run(
     [sys.executable, '-m', 'tests.moe.tpu_schedule', *arguments],
     # Several processes may load libtpu: none of them touches a chip.
@@ -71,9 +71,17 @@ def test_nothing_overlaps_without_chunks_or_asynchronous_transfers(options, comp
   assert not any('dot_general' in between for between in found)
 
 
+@pytest.mark.parametrize(('chunks', 'overlapped', 'transfers'), [(1, 0, 4), (2, 4, 7)])
+def test_rows_and_gradients_travel_beside_products_in_both_passes(chunks, overlapped, transfers):
+  """Of two chunks a transfer stays in one piece, and the first and last ones of the passes are waited for."""
+  found = schedule({'chunks': chunks}, ASYNCHRONOUS, 'gradient')['transfers']
+  assert len(found) == transfers
+  assert ['dot_general' in between for between in found].count(True) == overlapped
+
+
 @pytest.mark.parametrize('topology', ('v5p:2x2x1', 'v6e:2x2'))
 def test_a_layer_whose_rows_travel_in_its_kernels_compiles_with_its_gradients(topology):
   """Experts over two devices, their width over two others, so that weights are gathered again for the gradients."""
   kernels = ('exchange_matmul', 'exchange_matmul_drhs', 'matmul_exchange')
-  found = schedule({'kernel': 'tpu'}, {}, topology)
+  found = schedule({'kernel': 'tpu'}, {}, 'gradient', topology=topology)
   assert found['kernels'] == sorted(2 * kernels)

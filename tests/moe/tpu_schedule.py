@@ -1,8 +1,8 @@
 """Prints as JSON what the compiled schedule of an exchange has between the start and the end of each transfer.
 
 `python -m tests.moe.tpu_schedule v5p:2x2x1 '{"chunks": 2}' '{"xla_tpu_enable_async_all_to_all": "true"}'`: topology,
-options of the exchange, options of the compiler. With the option 'kernel' it is the ragged exchange and its gradients,
-and the kernels are printed that they call.
+options of the exchange, options of the compiler, and a fourth word 'gradient' for both passes. With the option 'kernel'
+it is the ragged exchange, and the kernels are printed that it calls.
 """
 
 import json
@@ -26,8 +26,8 @@ from moejax.moe.exchange import make_exchange
 D, F, E, S = 1024, 2048, 8, 2048
 
 
-def compiled(topology, options, compiler):
-  """The forward pass of a layer of all devices, a sequence each, in bfloat16, lowered and compiled."""
+def compiled(topology, options, compiler, gradient):
+  """The forward pass, or both, of a layer of all devices, a sequence each, in bfloat16, lowered and compiled."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   name, fsdp = ('ragged_all_to_all', 2) if 'kernel' in options else ('all_to_all', 1)
   mesh = make_mesh(1, fsdp, len(devices) // fsdp, devices=devices)
@@ -47,7 +47,7 @@ def compiled(topology, options, compiler):
     (len(devices), S, D), jnp.bfloat16, sharding=NamedSharding(mesh, P(BATCH_AXES))
   )
   run = lambda state, x: nnx.merge(graph, state, rest)(x)[0]
-  if 'kernel' in options:
+  if gradient:
     value, run = run, jax.grad(lambda *args: value(*args).astype(jnp.float32).sum(), (0, 1))
   lowered = jax.jit(run).lower(state, x)
   return lowered, lowered.compile(compiler_options=compiler), len(devices)
@@ -69,7 +69,9 @@ def transfers(text):
 
 def main():
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu asks the network where it is
-  lowered, program, devices = compiled(sys.argv[1], *map(json.loads, sys.argv[2:4]))
+  lowered, program, devices = compiled(
+    sys.argv[1], *map(json.loads, sys.argv[2:4]), sys.argv[4:] == ['gradient']
+  )
   kernels = sorted(re.findall(r'kernel_name = "(\w+)"', lowered.as_text()))
   told = {'kernels': kernels}
   if not kernels:
