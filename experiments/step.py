@@ -87,7 +87,14 @@ def predict(
   """
   side = {name: batch[name] for name in SIDE if name in batch}
   if 'image' in batch:
-    return model(batch['image'], rng=rng, progress=progress, side=side, train=train)
+    return model(
+      batch['image'],
+      valid=batch.get('valid'),
+      rng=rng,
+      progress=progress,
+      side=side,
+      train=train,
+    )
   return model(
     batch['tokens'],
     positions=batch['positions'],

@@ -115,8 +115,8 @@ class Stream:
 
     Text: tokens, targets, segment_ids, positions int32 and loss_mask bool, all [B, S]. Images:
     image float32 [B, I, J, Q], label int32 [B] (or [B, K], see `Images`). Evaluation adds `valid` bool [B], False for
-    the rows that fill the last batch: they repeat the last item, with loss_mask False and, as padding that no router
-    sees, segment_ids 0.
+    the rows that fill the last batch, padding that no router sees: they repeat the last item, text with loss_mask False
+    and segment_ids 0.
 
     Raises:
       IndexError: negative step, or in evaluation a step past the end of the pass.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moejax.arrays import Context, ModelStats
 from moejax.transformer.attention import Attention
@@ -108,6 +108,7 @@ class ViT(nnx.Module):
     self,
     images: Float[Array, 'B I J Q'],
     *,
+    valid: Bool[Array, ' B'] | None = None,
     rng: jax.Array | None = None,
     progress: jax.Array | None = None,
     side: Mapping[str, jax.Array] | None = None,
@@ -116,11 +117,14 @@ class ViT(nnx.Module):
     """Logits, float32, and the stats of the mixtures stacked in layer order `[L, ...]`, see `ModelStats`.
 
     Args:
+      valid: False for images that only fill the batch: they are not routed and not counted.
       rng: key for routers' noise; every layer gets its own.
       progress: see `Context`.
       side: other fields of `Context` by name, such as `task`.
     """
-    x, stats = self.features(images, rng=rng, progress=progress, side=side, train=train)
+    x, stats = self.features(
+      images, valid=valid, rng=rng, progress=progress, side=side, train=train
+    )
     pooled = jnp.mean(x, axis=1, dtype=master_dtype(x.dtype))  # [B, S, D] -> [B, D]
     return self.head(pooled, wide=True), stats
 
@@ -128,6 +132,7 @@ class ViT(nnx.Module):
     self,
     images: Float[Array, 'B I J Q'],
     *,
+    valid: Bool[Array, ' B'] | None = None,
     rng: jax.Array | None = None,
     progress: jax.Array | None = None,
     side: Mapping[str, jax.Array] | None = None,
@@ -141,7 +146,8 @@ class ViT(nnx.Module):
       table = self.positions[...]
     x = x + table.astype(x.dtype)[None, :, :]
     counted = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-    given: dict[str, Any] = {'positions': counted, **(side or {})}
+    mask = None if valid is None else jnp.broadcast_to(valid[:, None], x.shape[:2])
+    given: dict[str, Any] = {'mask': mask, 'positions': counted, **(side or {})}
     x, stats = self.stack(x, Context(rng=rng, progress=progress, train=train, **given))
     return self.norm(x), stats
 

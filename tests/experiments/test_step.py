@@ -24,7 +24,7 @@ from moejax import MoE
 from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.moe.exchange import AllGather, single
 from moejax.moe.losses import LOSSES
-from moejax.transformer import Decoder
+from moejax.transformer import Decoder, ViT
 
 B, S, V = 32, 8, 16
 ROUTER = {'name': 'top_k', 'k': 2, 'balance_bias': True, 'weighting': 'sigmoid_norm'}
@@ -257,3 +257,45 @@ def test_one_label_is_a_list_of_one(rng):
     OUTPUTS['sigmoid'](logits, labels), OUTPUTS['sigmoid'](logits, labels[:, None]), strict=True
   ):
     np.testing.assert_array_equal(one, several)
+
+
+FULL = {
+  'batch priority': {'name': 'vmoe', 'capacity_factor': 0.5, 'priority': 'score'},
+  'first choices first': {'name': 'vmoe', 'capacity_factor': 0.5},
+  'experts choose': {'name': 'expert_choice', 'capacity_factor': 1.0, 'group': 'batch'},
+  'no capacity': {'name': 'top_k'},
+  'slots': {'name': 'soft'},
+  'slots across images': {'name': 'mixture_of_tokens', 'group_size': 2},
+}
+
+
+@pytest.mark.parametrize('case', FULL)
+def test_images_that_fill_the_last_batch_take_no_place_and_are_not_counted(case):
+  """Two images and two that fill the batch, against the two alone with as many places of an expert."""
+  router = FULL[case]
+
+  def evaluate(images, **places):
+    make_moe = functools.partial(MoE, 8, 12, 4, router | places)
+    sizes = ((4, 8, 1), 2, 3, 8, 2, 2, 8)  # eight patches an image
+    definition = ModelDef(
+      lambda rngs: ViT(*sizes, moe=lambda rngs: make_moe(rngs=rngs), moe_layers=(0, 1), rngs=rngs)
+    )
+    params, routing = definition.init(jax.random.key(0))
+    params['head']['weight'] = jax.random.normal(jax.random.key(1), (8, 3))
+    return jax.jit(make_eval_step(definition))(params, routing, images)
+
+  rng = np.random.default_rng(3)
+  alone = {
+    'image': jnp.asarray(rng.normal(size=(2, 4, 8, 1)).astype(np.float32)),
+    'label': jnp.array([0, 2], jnp.int32),
+    'valid': jnp.ones(2, bool),
+  }
+  filled = {key: jnp.concatenate([value, value[1:], value[1:]]) for key, value in alone.items()}
+  filled['valid'] = jnp.array([True, True, False, False])
+  factor = router.get('capacity_factor')
+  want = evaluate(alone, **({'capacity_factor': 2 * factor} if factor else {}))
+  got = evaluate(filled)
+  assert float(got.count) == 2
+  assert float(got.stats.tokens[0]) == 16
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
