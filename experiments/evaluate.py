@@ -68,13 +68,14 @@ def make_evaluation(settings: Settings, parts: Experiment) -> Evaluation:
 
 def main(argv: list[str]) -> int:
   settings, _, folder, _ = cli.parse(argv, 'experiments.evaluate')
+  absent = BadInput(f'--workdir={folder} has no checkpoint to evaluate')
+  if not (folder / 'checkpoints').is_dir():
+    raise absent
   parts = assemble(settings)
-  restored = None
-  if (folder / 'checkpoints').is_dir():
-    with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
-      restored = checkpoints.restore(parts.program.abstract)
+  with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
+    restored = checkpoints.restore(parts.program.abstract)
   if restored is None:
-    raise BadInput(f'--workdir={folder} has no checkpoint to evaluate')
+    raise absent
   state, _ = restored
   evaluate = make_evaluation(settings, parts)
   print(json.dumps({'step': int(state.step), **evaluate(state.params, state.routing)}))

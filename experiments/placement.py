@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
   settings, _, folder, own = cli.parse(argv, 'experiments.placement', _define)
   moe = settings.model.moe
   wanted = [_positive(devices) for devices in own['devices']]
-  parts = assemble(settings)
   if not (folder / 'checkpoints').is_dir():
     raise BadInput(f'--workdir={folder} has no checkpoint of a model to place')
+  parts = assemble(settings)
   with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
     restored = checkpoints.restore(parts.program.abstract)
   if restored is None:

@@ -63,6 +63,8 @@ def train(
   Returns:
     The data and the program of the run.
   """
+  if distributed.is_first():
+    workdir.check(folder, config)  # data may take minutes to be prepared
   parts = assemble(settings, programs)
   program = parts.program
   control = controls(settings.optim, settings.seed, settings.steps)

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -118,6 +119,25 @@ def write_text(file: Path, text: str) -> None:
     raise StorageError(f'{file} cannot be written: {error.strerror}') from error
 
 
+def check(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Raises what `opened` would, and leaves nothing behind: for before work that a bad folder would make vain."""
+  there = workdir.absolute()
+  while not os.path.lexists(there):
+    there = there.parent
+  try:
+    with tempfile.TemporaryFile(dir=there):
+      pass
+    lock = os.open(workdir / 'lock', os.O_RDWR) if (workdir / 'lock').exists() else None
+  except OSError as error:
+    raise _unwritable(workdir, error) from error
+  if lock is not None:
+    try:
+      _lock(workdir, lock)
+    finally:
+      os.close(lock)
+  _changes(workdir, config)
+
+
 @contextlib.contextmanager
 def opened(workdir: Path, config: Mapping[str, Any]) -> Iterator[Path]:
   """The run's folder, made, locked and with its config.json, for as long as the `with` block lasts.
@@ -148,9 +168,11 @@ def locked(workdir: Path) -> Iterator[Path]:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = os.open(workdir / 'lock', os.O_RDWR | os.O_CREAT, 0o644)
   except OSError as error:
-    raise StorageError(f'workdir {workdir} cannot be written: {error.strerror}') from error
+    raise _unwritable(workdir, error) from error
   try:
     _lock(workdir, lock)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f'process {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
     yield workdir
   finally:
     os.close(lock)
@@ -167,8 +189,10 @@ def _lock(workdir: Path, lock: int) -> None:
     ) from error
   except OSError as error:
     raise StorageError(f'workdir {workdir} cannot be locked: {error.strerror}') from error
-  os.ftruncate(lock, 0)
-  os.pwrite(lock, f'process {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
+
+
+def _unwritable(workdir: Path, error: OSError) -> StorageError:
+  return StorageError(f'workdir {workdir} cannot be written: {error.strerror}')
 
 
 def _changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:

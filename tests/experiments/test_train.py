@@ -1,7 +1,9 @@
 """The training program as a whole: it learns, resumes to the bit, and refuses what cannot be run."""
 
+import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import train
-from experiments.errors import BadInput, DataError
+from configs import common
+from experiments import evaluate, placement, train, workdir
+from experiments.errors import BadInput, DataError, StorageError
 from experiments.log import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,11 +194,54 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(case, tmp_path):
   assert not (tmp_path / 'new').exists()
 
 
-def test_an_unwritable_workdir_is_refused_before_anything_is_computed(tmp_path):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(Exception, match='cannot be written') as caught:
-    run(tmp_path / 'file' / 'below')
-  assert caught.value.exit_code in (2, 15)
+def _a_file(folder):
+  folder.write_text('')
+  return StorageError, 15, f'workdir {folder}/run cannot be written: Not a directory'
+
+
+def _of_another_model(folder):
+  with workdir.opened(folder / 'run', common.get_config().to_dict()):
+    pass
+  return BadInput, 2, f'workdir {folder}/run holds another experiment: batch_size=8 here and 32'
+
+
+def _in_use(folder):
+  done = _of_another_model(folder)
+  lock = os.open(folder / 'run' / 'lock', os.O_RDWR)  # for as long as this process lives
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  return *done[:2], f'workdir {folder}/run is in use by another run'
+
+
+@pytest.mark.parametrize('spoil', [_a_file, _of_another_model, _in_use])
+def test_a_bad_workdir_is_refused_before_data_are_opened_and_left_as_it_is(
+  spoil, tmp_path, monkeypatch
+):
+  kind, code, message = spoil(tmp_path / 'folder')
+  monkeypatch.setattr(train, 'assemble', lambda *_: pytest.fail('data were opened'))
+  before = {file: file.is_file() and file.read_text() for file in tmp_path.rglob('*')}
+  with pytest.raises(kind, match=re.escape(message)) as caught:
+    run(tmp_path / 'folder' / 'run')
+  assert caught.value.exit_code == code
+  assert {file: file.is_file() and file.read_text() for file in tmp_path.rglob('*')} == before
+
+
+def test_a_good_workdir_is_not_made_before_data_are_opened(tmp_path, monkeypatch):
+  def no_data(*_):
+    raise DataError('no data')
+
+  monkeypatch.setattr(train, 'assemble', no_data)
+  with pytest.raises(DataError, match='no data'):
+    run(tmp_path / 'new' / 'run')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('program', [evaluate, placement])
+def test_a_workdir_without_checkpoint_is_refused_before_data_are_opened(
+  program, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(program, 'assemble', lambda *_: pytest.fail('data were opened'))
+  with pytest.raises(BadInput, match=f'--workdir={tmp_path} has no checkpoint'):
+    program.main(['', *SMALL, f'--workdir={tmp_path}'])
 
 
 def test_a_run_stopped_before_its_first_line_ends_well_and_goes_on(tmp_path, monkeypatch):
