@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from experiments.errors import BadInput
 from experiments.heads import check_heads
-from experiments.mixtures import router_facts
+from experiments.mixtures import RouterFacts, router_facts
 from experiments.settings import Settings
+from moejax.moe.kinds import BARE, check_moves
 from moejax.moe.losses import check_losses
 from moejax.routers import SHARED
 
@@ -18,24 +19,16 @@ def check_routing(settings: Settings) -> None:
       later tokens in a causal model.
   """
   check_heads(settings)
-  _check_depth(settings)
-  if not settings.model.moe_layers:
+  facts = _facts(settings) if settings.model.moe_layers else None
+  _check_depth(settings, facts)
+  if facts is None:
     return
   moe = settings.model.moe
-  try:
-    check_losses(moe.losses)
-    facts = router_facts(settings.model)
-  except (ValueError, TypeError) as error:
-    raise BadInput(f'model.moe: {error}') from error
+  _check_optim(settings, facts)
   if moe.pyramid and (moe.router['name'] in SHARED or facts.flags.has_state or moe.momentum):
     raise BadInput(
       f'model.moe.pyramid={moe.pyramid} with router {moe.router["name"]!r}: accepted are routers without a state over '
       'depth, and no momentum'
-    )
-  if settings.optim.bias_rate and not facts.has_bias:
-    raise BadInput(
-      f'optim.bias_rate={settings.optim.bias_rate} with router {moe.router["name"]!r} without a bias to move: '
-      "accepted are model.moe.router={'name': 'top_k', 'balance_bias': True, ...}, or 0"
     )
   if facts.slots and moe.implementation != 'auto':
     raise BadInput(
@@ -62,7 +55,37 @@ def check_routing(settings: Settings) -> None:
     )
 
 
-def _check_depth(settings: Settings) -> None:
+def _facts(settings: Settings) -> RouterFacts:
+  """What is known of the mixtures.
+
+  Raises:
+    BadInput: what the library refuses.
+  """
+  moe = settings.model.moe
+  try:
+    check_losses(moe.losses)
+    facts = router_facts(settings.model)
+    check_moves(moe.kind, moe.losses)
+  except (ValueError, TypeError) as error:
+    raise BadInput(f'model.moe: {error}') from error
+  return facts
+
+
+def _check_optim(settings: Settings, facts: RouterFacts) -> None:
+  """Refuses updates after the optimizer's step that would find nothing to move."""
+  moe, optim = settings.model.moe, settings.optim
+  for key in ('bias_rate', 'average_rate'):
+    value = getattr(optim, key)
+    if value and moe.kind in BARE:
+      raise BadInput(f'optim.{key}={value} with model.moe.kind={moe.kind!r}: accepted is 0')
+  if optim.bias_rate and not facts.has_bias:
+    raise BadInput(
+      f'optim.bias_rate={optim.bias_rate} with router {moe.router["name"]!r} without a bias to move: '
+      "accepted are model.moe.router={'name': 'top_k', 'balance_bias': True, ...}, or 0"
+    )
+
+
+def _check_depth(settings: Settings, facts: RouterFacts | None) -> None:
   """Refuses blocks that tokens skip where the choice would look ahead, or lose a state."""
   model = settings.model
   if not model.depth_layers:
@@ -73,9 +96,7 @@ def _check_depth(settings: Settings) -> None:
       "accepted are 'none', model.kind='encoder', or allow_leak=True"
     )
   moe = model.moe
-  if model.moe_layers and (
-    moe.router.get('name') in SHARED or moe.momentum or router_facts(model).flags.has_state
-  ):
+  if facts and (moe.router['name'] in SHARED or moe.momentum or facts.flags.has_state):
     raise BadInput(
       f'model.depth.layers={model.depth.layers!r} with router {moe.router["name"]!r}: accepted are routers without a '
       'state over depth, and no momentum'

@@ -137,18 +137,17 @@ def _check_router(moe: MoESettings) -> None:
 
 
 def _check_implementation(moe: MoESettings) -> None:
-  """Kernels asked for by name must be what the mixture runs on."""
+  """Kernels, dispatch and exchange asked for by name must be what the mixture runs on."""
+  if moe.kind in ('peer', 'deep', 'nested'):
+    for key, usual in (('implementation', 'auto'), ('dispatch', 'fused'), ('exchange', 'auto')):
+      if getattr(moe, key) != usual:
+        text = f'{usual!r} with model.moe.kind={moe.kind!r}, which has no rows of experts'
+        raise refuse(f'model.moe.{key}', getattr(moe, key), text)
   if moe.implementation == 'auto':
     return
   if moe.dispatch == 'einsum':
     raise refuse(
       'model.moe.implementation', moe.implementation, "'auto' with model.moe.dispatch='einsum'"
-    )
-  if moe.kind in ('peer', 'deep', 'nested'):
-    raise refuse(
-      'model.moe.implementation',
-      moe.implementation,
-      f"'auto' with model.moe.kind={moe.kind!r}, which has no rows of experts",
     )
 
 

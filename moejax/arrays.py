@@ -27,6 +27,8 @@ class Context:
     mask: bool `[B, S]`, True for real tokens; padding is neither routed nor counted.
     token_ids: int `[B, S]`.
     positions: int `[B, S]`.
+    previous_ids: int `[B, S]`, the id before each token in its document, -1 where there is none, of tokens that were
+      taken out of their sequence; None where `token_ids` is whole and says it (`moejax.routers.router.previous_ids`).
     rng: a PRNG key for noise and jitter.
     progress: float32 scalar, fraction of the training steps done, for what changes over training (temperatures, k);
       None outside of training, which counts as 1.
@@ -44,6 +46,7 @@ class Context:
   mask: Array | None = None
   token_ids: Array | None = None
   positions: Array | None = None
+  previous_ids: Array | None = None
   rng: Array | None = None
   progress: Array | None = None
   task: Array | None = None

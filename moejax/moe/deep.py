@@ -76,7 +76,7 @@ class DeepMoE(nnx.Module):
     d_ff: F, width between the two.
     num_experts: E of either.
     gate_width: hidden width of the gates, 50 in the paper.
-    losses: as of `MoE`.
+    losses: as of `MoE`, {'importance': 0.01, 'z': 0.001} by default: `balance` is constant where all experts work.
     dtype: type of the experts' computation.
     out_scale: factor on the deviation of the initial experts of the second.
     rngs: source of the initial parameters.
@@ -105,7 +105,7 @@ class DeepMoE(nnx.Module):
   ):
     if gate_width < 1:
       raise ValueError(f'gate_width={gate_width}: accepted are integers from 1')
-    losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
+    losses = {'importance': 0.01, 'z': 0.001} if losses is None else dict(losses)
     check_losses(losses)
     sizes = {'num_experts': num_experts, 'gate_width': gate_width, 'dtype': dtype, 'rngs': rngs}
     self.first = GatedSum(d_model, d_ff, **sizes)

@@ -11,6 +11,7 @@ from flax import nnx
 from moejax.moe.cartesian import CartesianMoE
 from moejax.moe.deep import DeepMoE
 from moejax.moe.layer import MoE
+from moejax.moe.losses import LOSSES
 from moejax.moe.multi_head import MultiHeadMoE
 from moejax.moe.nested import NestedFFN
 from moejax.moe.peer import Peer
@@ -47,6 +48,25 @@ BARE: dict[str, tuple[str, ...]] = {
 }
 """Kinds that take no more than these of the options below; the others take all."""
 
+UNMOVED: dict[str, tuple[str, ...]] = {
+  'peer': ('cluster_balance', 'guidance', 'load'),
+  'deep': (
+    'balance',
+    'cluster_balance',
+    'cost_balance',
+    'guidance',
+    'load',
+    'member_balance',
+    'sequence_balance',
+  ),
+  'nested': ('cluster_balance', 'guidance', 'load'),
+}
+"""Losses that have no gradient in a kind with a router of its own, which has no noise, no clusters and nobody to guide
+it; those by choice are constant where every expert is chosen."""
+
+NO_ROUTER = {'name': 'top_k', 'k': 2}
+"""What a config says of the router where nothing is asked for (configs/common.py)."""
+
 USUAL: dict[str, Any] = {
   'granularity': 1,
   'num_shared': 0,
@@ -74,14 +94,14 @@ def make_layer(
 
   Args:
     kind: a name of `KINDS`.
-    d_model, d_ff, num_experts, router: as of `MoE`. Kinds that bring a router of their own (those of `BARE`) do not
-      look at it.
+    d_model, d_ff, num_experts, router: as of `MoE`. Kinds that bring a router of their own (those of `BARE`) take None
+      or what a config says where nothing is asked for, and do not look at it.
     options: of this kind alone.
     common: of `MoE`.
     rngs: source of the initial parameters.
 
   Raises:
-    ValueError: an unknown kind, or an option that it does not have or that is out of its range.
+    ValueError: an unknown kind, or an option, router or loss that it does not have or that is out of its range.
   """
   if kind not in KINDS:
     raise ValueError(f'kind={kind!r}: accepted are {", ".join(map(repr, KINDS))}')
@@ -96,8 +116,40 @@ def make_layer(
   for annotated in (bare,) if bare else (make, MoE):
     check_types(f'kind {kind!r}', annotated, options)
   if kind in BARE:
+    _check_no_router(kind, router)
+    check_moves(kind, common.get('losses') or {})
     for name, usual in USUAL.items():
       if name in common and (common[name] or usual) != usual:
         raise ValueError(f'{name}={common[name]} with kind {kind!r}: accepted is {usual!r}')
     common = {name: value for name, value in common.items() if name in BARE[kind]}
   return make(d_model, d_ff, num_experts, router, **common, **options, rngs=rngs)
+
+
+def check_moves(kind: str, losses: Mapping[str, float]) -> None:
+  """Refuses losses (name -> coefficient) that would be added up and move nothing in a kind with its own router.
+
+  Raises:
+    ValueError: a name of `UNMOVED` with another coefficient than 0.
+  """
+  unmoved = UNMOVED.get(kind, ())
+  for name, value in losses.items():
+    if name in unmoved and value:
+      raise ValueError(
+        f'losses.{name}={value} with kind {kind!r}, where it has no gradient: accepted are 0 and the losses '
+        f'{", ".join(sorted(set(LOSSES) - set(unmoved)))}'
+      )
+
+
+def _check_no_router(kind: str, router: Any) -> None:
+  """Raises ValueError for a router, or an option of one, that is more than `NO_ROUTER`."""
+  if router is None:
+    return
+  given = {'name': router} if isinstance(router, str) else router
+  if not isinstance(given, Mapping):
+    given = {'name': type(router).__name__}
+  for key, value in given.items():
+    if key not in NO_ROUTER or value != NO_ROUTER[key]:
+      raise ValueError(
+        f'router.{key}={value!r} with kind {kind!r}, which has its own router: accepted is router={NO_ROUTER}, the '
+        f'default, and the options {", ".join(KINDS[kind][1])} of the kind'
+      )

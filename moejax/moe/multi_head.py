@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Aux, Context
 from moejax.moe.layer import MoE
-from moejax.routers.router import Flags, Router
+from moejax.routers.router import Flags, Router, previous_ids
 from moejax.transformer.linear import Linear
 
 _half_xavier = nnx.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')  # gain 1 / sqrt(2)
@@ -118,6 +118,7 @@ class MultiHeadMoE(nnx.Module):
 def repeat_positions(context: Context, times: int, ndim: int = 3) -> Context:
   """The context of tokens x of so many axes, of which every position stands `times` times side by side."""
   arrays = {name: getattr(context, name) for name in ('mask', 'token_ids', 'positions', 'maps')}
+  arrays['previous_ids'] = previous_ids(context)
   repeated: dict[str, Any] = {
     name: jnp.repeat(array, times, -1) for name, array in arrays.items() if array is not None
   }

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from moejax.arrays import Context
 from moejax.routers.affinity import TokenAffinity
-from moejax.routers.router import Flags, Router, required
+from moejax.routers.router import Flags, Router, previous_ids, required
 from moejax.routers.scorers import Frozen, only
 from moejax.routers.top_k import TopKAssign, check_name
 from moejax.routers.weighting import unweighted
@@ -52,20 +52,12 @@ class HashScorer(nnx.Module):
     if self.table is not None:
       expert_bs = self.table[...][ids_bs]
     else:
-      code_bs = _mix(_bits(self._hashed(ids_bs, context)) ^ self.seed[...])
+      hashed_bs = ids_bs if self.of == 'token' else previous_ids(context)
+      code_bs = _mix(_bits(hashed_bs) ^ self.seed[...])
       if self.of == 'bigram':
         code_bs = _mix(code_bs ^ _bits(ids_bs))
       expert_bs = (code_bs % jnp.uint32(self.num_experts)).astype(jnp.int32)
     return only(expert_bs, self.num_experts, x_bsd.dtype), None
-
-  def _hashed(self, ids_bs: Array, context: Context) -> Array:
-    """The token's own id, or that of the one before it in its document (-1: there is none)."""
-    if self.of == 'token':
-      return ids_bs
-    before_bs = jnp.pad(ids_bs[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return (
-      before_bs if context.positions is None else jnp.where(context.positions > 0, before_bs, -1)
-    )
 
 
 def balanced_table(counts: Sequence[int], num_experts: int) -> Int[np.ndarray, ' V']:

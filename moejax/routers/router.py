@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moejax.arrays import Assignment, Context, Scores, SoftPlan, full_precision, wide_dtype
 
@@ -168,7 +168,7 @@ def as_batch(x: Array, context: Context | None) -> tuple[Array, Context]:
       raise ValueError(f'context.{name} of shape {value.shape}: expected {expected}')
     return value.reshape(-1, *value.shape[len(lead) :])
 
-  fields = {name: flat(name, 1, 0) for name in ('mask', 'token_ids', 'positions')}
+  fields = {name: flat(name, 1, 0) for name in ('mask', 'token_ids', 'positions', 'previous_ids')}
   fields |= {name: flat(name, 0, 0) for name in ('task', 'time')}
   fields |= {name: flat(name, 0) for name in ('domain', 'text', 'maps')}
   if context.state is not None:
@@ -191,6 +191,15 @@ def with_flags(router: Router, **flags) -> Router:
   """The router with some of its flags declared anew."""
   router.flags = dataclasses.replace(router.flags, **flags)
   return router
+
+
+def previous_ids(context: Context) -> Int[Array, '*batch S'] | None:
+  """The id before each token in its document, -1 where there is none; None without `context.token_ids`."""
+  ids = context.token_ids
+  if context.previous_ids is not None or ids is None:
+    return context.previous_ids
+  before = jnp.pad(ids[..., :-1], [(0, 0)] * (ids.ndim - 1) + [(1, 0)], constant_values=-1)
+  return before if context.positions is None else jnp.where(context.positions > 0, before, -1)
 
 
 def required(context: Context, field: str, name: str) -> Array:

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moejax.arrays import Context, RoutingStats, wide_dtype
-from moejax.routers.router import Flags
+from moejax.routers.router import Flags, previous_ids
 from moejax.transformer.attention import Visible
 from moejax.transformer.block import Block
 from moejax.transformer.linear import Linear, product
@@ -157,6 +157,7 @@ class SkippedBlock(nnx.Module):
       a, order_bc.reshape(*order_bc.shape, *(1,) * (a.ndim - 2)), 1
     )
     own = {name: getattr(context, name) for name in ('token_ids', 'positions')}
+    own['previous_ids'] = previous_ids(context)
     own = {name: None if value is None else take(value) for name, value in own.items()}
     if context.domain is not None and context.domain.ndim == 3:
       own['domain'] = take(context.domain)

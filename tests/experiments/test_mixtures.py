@@ -1,5 +1,6 @@
 """From settings to models: every kind of mixture and every state of a router has its place, its work and its losses."""
 
+import functools
 import types
 
 import jax
@@ -18,6 +19,7 @@ from experiments.state import ModelDef, TrainState
 from experiments.step import Control, make_train_step
 from moejax.mesh.make import make_mesh
 from moejax.mesh.rules import param_shardings
+from moejax.moe.kinds import BARE
 from moejax.transformer import count_params
 
 STREAM = types.SimpleNamespace(vocab_size=16, image_shape=None, num_classes=None)
@@ -111,6 +113,36 @@ def test_nested_experts_of_a_causal_model_are_refused():
 def test_an_option_that_a_kind_does_not_have_is_refused():
   with pytest.raises(BadInput, match="model.moe: option 'heads' of kind 'deep': accepted are gate"):
     check_routing(settings_of(kind='deep', options={'heads': 2}))
+
+
+@pytest.mark.parametrize('kind', sorted(BARE))
+@pytest.mark.parametrize(
+  ('key', 'value', 'sentence'),
+  [
+    ('model.moe.router', {'name': 'switch'}, "^model.moe: router.name='switch' with kind"),
+    ('model.moe.router', {'name': 'top_k', 'k': 4}, '^model.moe: router.k=4 with kind'),
+    ('model.moe.router', {'name': 'top_k', 'balance_bias': True}, 'router.balance_bias=True with'),
+    ('model.moe.losses', {'load': 0.1}, r'^model.moe: losses.load=0.1 with kind .*: accepted are'),
+    ('optim.bias_rate', 0.001, '^optim.bias_rate=0.001 with model.moe.kind=.*: accepted is 0$'),
+    ('optim.average_rate', 0.3, '^optim.average_rate=0.3 with model.moe.kind=.*: accepted is 0$'),
+    ('model.moe.dispatch', 'sorted', "^model.moe.dispatch='sorted'.*: it must be 'fused' with"),
+    ('model.moe.exchange', 'local', "^model.moe.exchange='local'.*: it must be 'auto' with"),
+  ],
+)
+def test_what_a_kind_with_a_router_of_its_own_cannot_use_is_refused(kind, key, value, sentence):
+  config = settings_config(**CASES[kind])
+  check_routing(Settings.from_config(config))
+  section, _, name = key.rpartition('.')
+  setattr(functools.reduce(getattr, section.split('.'), config), name, value)
+  with pytest.raises(BadInput, match=sentence):
+    check_routing(Settings.from_config(config))
+
+
+def test_a_wrong_router_of_a_model_with_skipped_blocks_is_one_sentence():
+  config = settings_config(allow_leak=True, router={'name': 'topk'})
+  config.model.depth.layers = '1'
+  with pytest.raises(BadInput, match="^model.moe: router name='topk': accepted are"):
+    check_routing(Settings.from_config(config))
 
 
 def test_a_model_whose_tokens_skip_blocks_is_counted_and_takes_a_step():

@@ -9,7 +9,7 @@ from flax import nnx
 from moejax import Context, MoE, make_router, oracle
 from moejax.moe.deep import DeepMoE
 from moejax.moe.experts import Experts
-from moejax.moe.kinds import KINDS, make_layer
+from moejax.moe.kinds import BARE, KINDS, UNMOVED, make_layer
 from moejax.moe.losses import LOSSES
 from moejax.moe.widths import diversify, parts_of
 
@@ -199,3 +199,41 @@ def test_what_a_kind_does_not_have_is_refused_in_one_sentence():
     make('cartesian', options={'heads': 2})
   with pytest.raises(ValueError, match="num_shared=1 with kind 'peer': accepted is 0"):
     make('peer', num_shared=1)
+
+
+@pytest.mark.parametrize('kind', sorted(BARE))
+def test_losses_that_a_kind_refuses_are_those_without_a_gradient(kind):
+  """A router of its own has no noise, no clusters, and in stacked mixtures every expert works on every token."""
+  options = {'peer': {'heads': 2, 'k': 2, 'query_width': 4}}.get(kind)
+  make = lambda **more: make_layer(kind, D, 16, E, None, options=options, rngs=nnx.Rngs(0), **more)
+  graph, state = nnx.split(make(losses={}))
+
+  def values(state):
+    stats = nnx.merge(graph, state)(tokens())[1].stats
+    return {name: loss(stats) for name, loss in LOSSES.items()}
+
+  moved = set()
+  for name, of in jax.jit(jax.jacrev(values))(state).items():
+    if max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(of)) > 1e-6:
+      moved.add(name)
+  assert moved == set(LOSSES) - set(UNMOVED[kind])
+  for name in UNMOVED[kind]:
+    with pytest.raises(
+      ValueError, match=f"losses.{name}=0.1 with kind '{kind}', where it has no g"
+    ):
+      make(losses={name: 0.1})
+    make(losses={name: 0.0})
+
+
+@pytest.mark.parametrize('kind', sorted(BARE))
+def test_a_kind_with_a_router_of_its_own_takes_no_other(kind):
+  make = lambda router, size=16: make_layer(kind, size, size, E, router, rngs=nnx.Rngs(0))
+  router = make_router('top_k', d_model=16, num_experts=E, rngs=nnx.Rngs(0))
+  for given, named in (
+    ('switch', "name='switch'"),
+    ({'name': 'top_k', 'k': 1}, 'k=1'),
+    ({'name': 'top_k', 'weighting': 'sigmoid_norm'}, "weighting='sigmoid_norm'"),
+    (router, "name='Router'"),
+  ):
+    with pytest.raises(ValueError, match=f"^router.{named} with kind '{kind}', which has its own"):
+      make(given)

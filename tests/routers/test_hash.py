@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from moejax import Context, make_router
+from moejax.moe.multi_head import repeat_positions
 from moejax.routers.hash import balanced_table
+from moejax.routers.router import previous_ids
 
 E, V = 4, 512
 X = jnp.zeros((3, V, 2))
@@ -76,3 +78,21 @@ def test_missing_ids_and_bad_options_are_refused():
     experts(of='next')
   with pytest.raises(ValueError, match="of='bigram' with counts of 2 ids"):
     experts(of='bigram', counts=(1, 2))
+
+
+@pytest.mark.parametrize('of', ['previous', 'bigram'])
+def test_tokens_taken_out_of_their_sequence_keep_the_token_before_in_it(of):
+  """What a block sees that tokens skip, and what sub-tokens see."""
+  ids, places = IDS[:, :8], jnp.tile(jnp.array([0, 1, 2, 0, 1, 2, 3, 4], jnp.int32), (3, 1))
+  router = make_router('hash', d_model=2, num_experts=E, rngs=nnx.Rngs(0), of=of)
+  route = lambda context: np.asarray(router(X[:, : context.token_ids.shape[1]], context).expert)
+  whole = Context(token_ids=ids, positions=places)
+  want = route(whole).reshape(3, 8)
+  chosen = np.array([1, 3, 4, 7])
+  part = {name: getattr(whole, name)[:, chosen] for name in ('token_ids', 'positions')}
+  part['previous_ids'] = previous_ids(whole)[:, chosen]
+  np.testing.assert_array_equal(route(Context(**part)).reshape(3, 4), want[:, chosen])
+  without = Context(token_ids=part['token_ids'], positions=part['positions'])
+  assert (route(without).reshape(3, 4) != want[:, chosen]).any()  # the control
+  twice = route(repeat_positions(whole, 2)).reshape(3, 8, 2)
+  np.testing.assert_array_equal(twice, np.stack([want, want], -1))

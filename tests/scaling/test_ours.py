@@ -114,14 +114,15 @@ def test_a_mixture_costs_what_the_compiler_counts_within_3_percent():
 
 
 E, D, F = 4, 512, 1024
-WIDE = {'moe.num_experts': E, 'moe.d_ff': F, 'moe.router': {'name': 'top_k', 'k': E}}
+OWN = {'moe.num_experts': E, 'moe.d_ff': F}  # for kinds with a router of their own
+WIDE = OWN | {'moe.router': {'name': 'top_k', 'k': E}}
 OTHERS = {
   # what einsum, or the kind itself, multiplies for a token beside its model FLOPs: weights and outputs of all experts
   'residual': (WIDE, 2 * E * D),
   'multi_head': (WIDE | {'moe.options': {'heads': 2}}, 2 * E * D),
   'cartesian': (WIDE, 2 * 2 * E * D),
-  'deep': (WIDE, 2 * E * (D + F)),
-  'nested': (WIDE | {'moe.options': {'effective': 0.9}, 'moe.d_ff': 4096}, 0),
+  'deep': (OWN, 2 * E * (D + F)),
+  'nested': (OWN | {'moe.options': {'effective': 0.9}, 'moe.d_ff': 4096}, 0),
   'peer': (
     {'moe.num_experts': 4096, 'moe.options': {'heads': 8, 'k': 8, 'query_width': 256}},
     0,

@@ -1,6 +1,7 @@
 """Blocks that tokens skip, against the whole block with the others hidden, and what each mode may look at."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,15 @@ def call(layer, train=True):
   return jax.jit(apply), state
 
 
-def by_hiding(layer, x):
+def by_hiding(layer, x, **fields):
   """The block on all tokens, those that skip hidden; chosen by sorting in numpy."""
   score = np.asarray(x @ layer.router.score.weight[...])[..., 0]
   chosen = np.zeros((B, S), bool)
   for row in range(B):
-    chosen[row, np.argsort(-score[row])[:C]] = True
+    chosen[row, np.argsort(-score[row])[: math.ceil(layer.capacity * S)]] = True
   chosen = jnp.asarray(chosen)
   visible = visibility(None, chosen, causal=True)
-  y, _, _ = layer.block(x, Context(mask=chosen, train=True), TURN, visible)
+  y, _, _ = layer.block(x, Context(mask=chosen, train=True, **fields), TURN, visible)
   return chosen, jnp.where(chosen[..., None], x + score[..., None] * (y - x), x)
 
 
@@ -149,6 +150,22 @@ def test_a_model_with_skipped_layers_gives_their_stats_in_order():
   ]
   np.testing.assert_array_equal(stats[0].tokens, B * 2)
   assert len(model.stack.segments) == 1  # plain and skipped blocks in turn: one loop
+
+
+@pytest.mark.parametrize('of', ['previous', 'bigram'])
+def test_a_hash_of_the_token_before_means_that_of_the_sequence(of):
+  """Not the one that was chosen before it, in training as in evaluation, where all are there and some are hidden."""
+  rngs = nnx.Rngs(0)
+  attention = Attention(D, 2, 2, 4, causal=True, rngs=rngs)
+  moe = MoE(D, 6, 16, {'name': 'hash', 'of': of}, losses={}, rngs=rngs)
+  block = Block(D, attention=attention, moe=moe, rngs=rngs)
+  layer = SkippedBlock(D, block, Depth((), 0.5, 'router'), causal=True, rngs=rngs)
+  ids = jnp.arange(B * S, dtype=jnp.int32).reshape(B, S)
+  x, fields = tokens(), {'token_ids': ids, 'positions': jnp.tile(jnp.arange(S) % 5, (B, 1))}
+  chosen, want = by_hiding(layer, x, **fields)
+  y, *_ = layer(x, Context(train=True, **fields), TURN, visibility(None, None, causal=True))
+  np.testing.assert_allclose(y, want, atol=1e-5)
+  assert (np.diff(np.nonzero(np.asarray(chosen))[1]) > 1).any()  # the control: some skip between
 
 
 def test_options_and_states_that_do_not_fit_are_refused():
