@@ -19,6 +19,12 @@ class NonFiniteError(ExperimentError):
   exit_code = 12
 
 
+class RunStopped(ExperimentError):
+  """A run was asked to end before its last step; the same command goes on from its checkpoint."""
+
+  exit_code = 14
+
+
 class PeerLost(ExperimentError):
   """Another process of the run cannot be reached; starting all of them again may help."""
 

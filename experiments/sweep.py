@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -94,7 +95,7 @@ def train_all(runs: list[Run], folder: Path, workers: int, retries: int, backend
     record.write_table(record.table(runs, folder, failed), folder / 'table.csv')
 
   pool = make_pool(backend, folder, workers, screen.started, ended)
-  with redrawn(screen):
+  with redrawn(screen), sigterm_as_ctrl_c():
     while waiting:
       pool(waiting, costs.shape)
       waiting = [run for run in waiting if run.key in failed and attempts[run.key] <= retries]
@@ -112,6 +113,20 @@ def make_pool(backend: str, folder: Path, workers: int, on_start: Any, on_end: A
     return local.Pool(folder, workers, on_start, on_end)
   kind = {'submitit': remote.Submitit, 'ray': remote.Ray}[backend]
   return kind(folder, workers, on_start, on_end)
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+  """A SIGTERM, such as a scheduler sends, ends the sweep with its workers too."""
+
+  def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+  previous = signal.signal(signal.SIGTERM, interrupt)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -55,11 +55,13 @@ class Pool:
     self._on_start, self._on_end = on_start, on_end
     self._lock = threading.Lock()
     self._processes: list[subprocess.Popen] = []
+    self._stopping = threading.Event()
 
   def __call__(self, runs: Sequence[Run], shape: Callable[[Run], Any]) -> None:
     """Trains all; a worker prefers runs whose `shape` it has had.
 
-    Ctrl-C ends the workers; each run resumes from its last checkpoint when the sweep is started again.
+    Ctrl-C ends the workers, and waits until each has saved its run, which resumes from there when the sweep is started
+    again.
     """
     waiting = list(runs)
     threads = [
@@ -71,29 +73,37 @@ class Pool:
     try:
       for thread in threads:
         thread.join()
+    except BaseException:
+      with self._lock:
+        self._stopping.set()
+      raise
     finally:
       for process in self._processes:
         process.terminate()
+      for process in self._processes:
+        process.wait()
 
   def _serve(self, cores: list[int], waiting: list[Run], shape: Callable[[Run], Any]) -> None:
     process: subprocess.Popen | None = None
     known = None
     while (run := self._take(waiting, shape, known)) is not None:
       known = shape(run)
+      process = process or self._start(cores)
       if process is None:
-        process = self._start(cores)
+        return
       result = self._train(process, run)
       if isinstance(result, str):
         process, known = None, None
       with self._lock:
-        self._on_end(run, result)
+        if not self._stopping.is_set():  # a run that was stopped has not failed
+          self._on_end(run, result)
     if process is not None:
       _end(process)
 
   def _take(self, waiting: list[Run], shape: Callable[[Run], Any], known: Any) -> Run | None:
     """A run of the shape that the worker knows, else the first of the shape with the most runs left."""
     with self._lock:
-      if not waiting:
+      if not waiting or self._stopping.is_set():
         return None
       shapes = [shape(run) for run in waiting]
       best = known if known in shapes else max(shapes, key=shapes.count)
@@ -101,15 +111,19 @@ class Pool:
       self._on_start(run)
       return run
 
-  def _start(self, cores: list[int]) -> subprocess.Popen:
+  def _start(self, cores: list[int]) -> subprocess.Popen | None:
+    """A worker; none while the pool ends."""
     names = ','.join(map(str, cores))
-    process = subprocess.Popen(
-      [sys.executable, '-m', 'experiments.sweeps.worker', '--cores', names],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    self._processes.append(process)
+    with self._lock:
+      if self._stopping.is_set():
+        return None
+      process = subprocess.Popen(
+        [sys.executable, '-m', 'experiments.sweeps.worker', '--cores', names],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+      )
+      self._processes.append(process)
     return process
 
   def _train(self, process: subprocess.Popen, run: Run) -> dict[str, Any] | str:

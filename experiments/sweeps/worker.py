@@ -54,9 +54,12 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
     config: resolved.
     folder: of the run.
     programs: of runs before it in this process; see `experiments.build.assemble`.
+
+  Raises:
+    RunStopped: a signal ended it before its last step; it has no result.
   """
   # JAX is imported here, so that a worker is on its cores before
-  from experiments.errors import NonFiniteError
+  from experiments.errors import NonFiniteError, RunStopped
   from experiments.flops import active_share, training_flops
   from experiments.heads import head_facts
   from experiments.log import read_lines
@@ -74,7 +77,11 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
     print(error, file=sys.stderr)
     status = record.DIVERGED
   lines = read_lines(folder / 'metrics.jsonl')
-  metrics = {key: value for key, value in lines[-1].items() if not isinstance(value, (list, dict))}
+  last = lines[-1] if lines else {}  # a run can diverge, or be stopped, before its first line
+  done = last.get('step', -1) + 1
+  if parts is not None and done < settings.steps:  # the last step always leaves a line
+    raise RunStopped(f'stopped after its line of step {done} of {settings.steps}')
+  metrics = {key: value for key, value in last.items() if not isinstance(value, (list, dict))}
   result: dict[str, Any] = metrics | {'status': status or record.status_of(metrics)}
   if parts is not None:
     stream = parts.train_stream
@@ -89,7 +96,8 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
       active_share(settings, stream) if settings.model.moe_layers else 1.0,
       heads.active_share(settings.data.sequence_length) if heads else 1.0,
     )
-  result |= {'train_seconds': lines[-1]['time']['seconds'], 'seconds': time.monotonic() - start}
+  trained = last['time']['seconds'] if last else 0.0
+  result |= {'train_seconds': trained, 'seconds': time.monotonic() - start}
   record.write_result(folder, result)
   return result
 

@@ -3,12 +3,18 @@
 import csv
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from experiments import sweep
-from experiments.errors import RunsFailed
+from experiments.errors import NonFiniteError, RunsFailed, RunStopped
 from experiments.sweeps import local, plan, record, remote, worker
 from experiments.sweeps.screen import Screen
 
@@ -118,6 +124,69 @@ def test_a_run_that_fails_again_is_reported_and_the_others_are_trained(file, tmp
   table = rows(tmp_path / 'out')
   assert [row['status'] for row in table] == ['finished', 'finished', 'failed']
   assert 'the disk is full' in table[2]['reason']
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_a_run_that_is_stopped_has_no_result_and_goes_on_later(file, tmp_path, monkeypatch):
+  (run, *_) = plan.load(str(file))
+  programs = {}
+  with monkeypatch.context() as asked:
+    asked.setattr(
+      'experiments.train.Stop.requested', True
+    )  # as a signal during the first step does
+    with pytest.raises(RunStopped, match='step 1 of 3'):
+      worker.run(run.config, tmp_path, programs)
+  assert record.read_result(tmp_path) is None
+  assert (tmp_path / 'checkpoints' / '1').is_dir()
+  result = worker.run(run.config, tmp_path, programs)
+  assert (result['status'], result['step']) == ('finished', 2)
+
+
+def test_a_run_that_diverges_before_its_first_line_is_called_diverged(file, tmp_path, monkeypatch):
+  def diverges(settings, config, folder, programs):
+    raise NonFiniteError('loss or gradient was not finite in 10 steps in a row')
+
+  monkeypatch.setattr('experiments.train.train', diverges)
+  (run, *_) = plan.load(str(file))
+  assert worker.run(run.config, tmp_path, {})['status'] == 'diverged'
+  assert record.read_result(tmp_path)['status'] == 'diverged'
+
+
+SLOW_WORKER = """
+import signal, sys, time
+def save(number, frame):
+  time.sleep(0.3)
+  open(sys.argv[1], 'a').write('saved')
+  sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+sys.stdin.readline()
+open(sys.argv[1], 'a').write('begun ')
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_the_sweep_once_its_worker_has_saved(
+  number, file, tmp_path, monkeypatch, capsys
+):
+  said, popen, workers = tmp_path / 'said', subprocess.Popen, []
+
+  def start(command, **options):
+    workers.append(popen([sys.executable, '-c', SLOW_WORKER, str(said)], **options))
+    threading.Thread(target=ask_to_stop, daemon=True).start()
+    return workers[-1]
+
+  def ask_to_stop():
+    while not said.is_file():
+      time.sleep(0.02)
+    os.kill(os.getpid(), number)
+
+  monkeypatch.setattr(local.subprocess, 'Popen', start)
+  with pytest.raises(KeyboardInterrupt):
+    main(file, tmp_path / 'out', '--workers=1')
+  assert said.read_text() == 'begun saved'
+  assert [process.poll() for process in workers] == [1]  # no other run was begun
+  assert 'failed' not in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_is_kept_and_called_diverged():
