@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.arrays import Context, Scores
+from moejax.mesh.replicated import replicated
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.capacity import rank_within
 from moejax.routers.expert_choice import from_groups, to_groups
@@ -70,14 +71,19 @@ def balanced_assignment(
 
 def _balanced_groups(affinity_gte: Array, real_gt: Array | None) -> Array:
   """`balanced_assignment` of every group: on a CPU one after the other, so that each stays in the cache and ends when
-  it is done."""
+  it is done.
+
+  On a mesh every device makes all of them: the steps are few and small, but each would wait for the other devices, and
+  how many there are, the affinities say.
+  """
 
   def one_by_one(*groups):
     return jax.lax.map(lambda group: balanced_assignment(*group), groups)
 
   groups = (affinity_gte,) if real_gt is None else (affinity_gte, real_gt)
   together = jax.vmap(balanced_assignment)
-  return jax.lax.platform_dependent(*groups, cpu=one_by_one, default=together)
+  whole = jax.tree.map(replicated, groups)
+  return replicated(jax.lax.platform_dependent(*whole, cpu=one_by_one, default=together))
 
 
 def balancing_prices(

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.arrays import Assignment, Context, Scores
+from moejax.mesh.replicated import replicated
 from moejax.routers.capacity import rank_within
 from moejax.routers.router import Flags, Router
 from moejax.routers.scorers import LinearScorer
@@ -119,6 +120,8 @@ class ExpertChoiceAssign:
       real_get = jnp.broadcast_to(real_gt[:, None], select_get.shape)
     limit = min(group_size, max(1, int(group_size * self.factor / num_experts + 1e-9)))
     if self.cap is not None:
+      if self.group != 'sequence':  # groups that span devices
+        select_get = replicated(select_get)
       # to three digits: entries next to 1 are ties, in whatever order the sums were taken
       select_get = jnp.round(capped_plan(select_get, limit, self.cap, real_get), 3)
     if real_get is not None:
