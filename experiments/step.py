@@ -217,14 +217,7 @@ def make_train_step(
       _training_totals, definition, routing, progress, consistency > 0, output
     )
     sums = sum_over_microbatches(run, params, batch, rng, microbatches)
-    loss = sums.loss / jnp.maximum(sums.count, 1)
-    if sums.divergence is not None:
-      loss = loss + consistency / 2 * sums.divergence / jnp.maximum(sums.count, 1)
-    for stats in each_layout(sums.stats):
-      loss = loss + sum(
-        v.sum() for v in layer_losses(stats, losses_of.get(stats.part, {})).values()
-      )
-    return loss, sums
+    return objective_of(sums, losses_of, consistency), sums
 
   def step(state: TrainState, batch: Batch, control: Control) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(jax.random.key(control.seed), state.step)
@@ -233,27 +226,12 @@ def make_train_step(
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updates = optax.tree.scale(control.learning_rate, updates)
-    routing = state.routing
-    if bias_rate and sums.stats is not None:
-      mixtures = [stats for stats in each_layout(sums.stats) if stats.part == 'moe']
-      chosen = [chosen_e for stats in mixtures for chosen_e in stats.chosen_e]
-      routing = balance_biases(routing, chosen, bias_rate)
-    finite = jnp.isfinite(total) & jnp.isfinite(norm)
     params = optax.apply_updates(state.params, updates)
     if average_rate:
       params = average_banks(params, average_rate * control.progress)
-    new = (params, routing, opt_state)
-    old = (state.params, state.routing, state.opt_state)
-    params, routing, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    bad = (~finite).astype(jnp.int32)
-    state = TrainState(
-      step=state.step + 1,
-      params=params,
-      routing=routing,
-      opt_state=opt_state,
-      skipped=state.skipped + bad,
-      skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
-    )
+    routing = balanced(state.routing, sums.stats, bias_rate) if bias_rate else state.routing
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    state = after_step(state, finite, params, routing, opt_state)
     metrics = {
       **summary(sums),
       'total_loss': total,
@@ -307,6 +285,47 @@ def sum_over_microbatches(
     return jax.tree.map(jnp.add, sums, jax.checkpoint(one)(params, *part_and_key)), None
 
   return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+def objective_of(
+  sums: Totals, losses_of: Mapping[str, Mapping[str, float]], consistency: float
+) -> jax.Array:
+  """What is made small: the mean loss of a prediction and the weighted losses of every layer, arguments as of
+  `make_train_step`."""
+  count = jnp.maximum(sums.count, 1)
+  loss = sums.loss / count
+  if sums.divergence is not None:
+    loss = loss + consistency / 2 * sums.divergence / count
+  for stats in each_layout(sums.stats):
+    weighted = layer_losses(stats, losses_of.get(stats.part, {}))
+    loss = loss + sum(loss_l.sum() for loss_l in weighted.values())
+  return loss
+
+
+def balanced(routing: Any, stats: ModelStats, rate: float) -> Any:
+  """The routers' biases, moved by `rate` against the loads of the mixtures."""
+  mixtures = [one for one in each_layout(stats) if one.part == 'moe']
+  if not mixtures:
+    return routing
+  return balance_biases(routing, [chosen_e for one in mixtures for chosen_e in one.chosen_e], rate)
+
+
+def after_step(
+  state: TrainState, finite: jax.Array, params: Any, routing: Any, opt_state: Any
+) -> TrainState:
+  """The state with what the step has made of it, or where that is not finite with its counters alone changed."""
+  new = (params, routing, opt_state)
+  old = (state.params, state.routing, state.opt_state)
+  params, routing, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  bad = (~finite).astype(jnp.int32)
+  return TrainState(
+    step=state.step + 1,
+    params=params,
+    routing=routing,
+    opt_state=opt_state,
+    skipped=state.skipped + bad,
+    skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+  )
 
 
 def layer_losses(stats: RoutingStats, coefficients: Mapping[str, float]) -> Metrics:

@@ -100,57 +100,37 @@ class MoE(nnx.Module):
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
-    sizes = {
-      'd_model': d_model,
-      'd_ff': d_ff,
-      'num_experts': num_experts,
-      'granularity': granularity,
-    }
-    for key, value in sizes.items():
-      if value < 1:
-        raise ValueError(f'{key}={value}: accepted are integers from 1')
-    if num_shared < 0:
-      raise ValueError(f'num_shared={num_shared}: accepted are integers from 0')
-    if shared_mix and not num_shared:
-      raise ValueError('shared_mix=True with num_shared=0: accepted are integers from 1')
-    if d_ff % granularity:
-      raise ValueError(f'granularity={granularity} does not divide d_ff={d_ff}')
-    num_experts, d_ff = num_experts * granularity, d_ff // granularity
-    self.zero = ZeroExperts(d_model, zero_experts, dtype=dtype, rngs=rngs) if zero_experts else None
-    num_zero = 0 if self.zero is None else self.zero.num_experts
-    if not isinstance(router, Router):
-      router = _make_router(
-        router, granularity, d_model=d_model, num_experts=num_experts + num_zero, rngs=rngs
-      )
-    if router.num_experts != num_experts + num_zero:
-      raise ValueError(
-        f'router of {router.num_experts} experts in a layer of {num_experts + num_zero}'
-      )
+    _check_sizes(d_model, d_ff, num_experts, granularity, num_shared, shared_mix)
     losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
     check_losses(losses)
-    bank = {'activation': activation, 'gated': gated, 'dtype': dtype, 'out_scale': out_scale}
-    if widths is not None and router.slots:
-      raise ValueError('widths with a soft router: accepted are routers that choose experts')
-    self.router = router
+    num_experts, d_ff = num_experts * granularity, d_ff // granularity
     self.num_experts, self.d_ff = num_experts, d_ff
+    self.zero = ZeroExperts(d_model, zero_experts, dtype=dtype, rngs=rngs) if zero_experts else None
+    num_all = num_experts + (0 if self.zero is None else self.zero.num_experts)
+    self.router = _as_router(router, granularity, d_model=d_model, num_experts=num_all, rngs=rngs)
+    if widths is not None and self.router.slots:
+      raise ValueError('widths with a soft router: accepted are routers that choose experts')
     self.parts, unit = (None, d_ff) if widths is None else parts_of(widths, num_experts, d_ff)
-    self.experts = Experts(d_model, unit, sum(self.parts or (1,) * num_experts), **bank, rngs=rngs)
-    self.core = Experts(d_model, unit, 1, **bank, rngs=rngs) if core else None
-    self.forward_one = forward_one
+
+    def make_bank(width: int, count: int) -> Experts:
+      bank = {'activation': activation, 'gated': gated, 'dtype': dtype, 'out_scale': out_scale}
+      return Experts(d_model, width, count, **bank, rngs=rngs)
+
+    self.experts = make_bank(unit, sum(self.parts or (1,) * num_experts))
+    self.core = make_bank(unit, 1) if core else None
     if core:
       own = nnx.split(self.experts)[1]
       nnx.update(self.experts, jax.tree.map(lambda w: core_noise * w, own))
-    self.shared = Experts(d_model, num_shared * d_ff, 1, **bank, rngs=rngs) if num_shared else None
+    self.shared = make_bank(num_shared * d_ff, 1) if num_shared else None
     wide = wide_dtype(dtype)
     self.shared_mix = (
       Linear(d_model, 2, use_bias=True, dtype=wide, rngs=rngs) if shared_mix else None
     )
-    self.zero_cost = zero_cost
+    self.forward_one, self.zero_cost = forward_one, zero_cost
     self.output_norm = RMSNorm(d_model, dtype=dtype) if output_norm else None
     self.momentum = None if momentum is None else make_momentum(momentum)
     self.losses = tuple(sorted(losses.items()))
-    self.dispatch = dispatch
-    self.exchange = exchange
+    self.dispatch, self.exchange = dispatch, exchange
 
   def __call__(
     self, x: Float[Array, '*batch S D'], context: Context | None = None
@@ -301,6 +281,37 @@ class MoE(nnx.Module):
     y_bsd = jnp.matmul(out, y_bepd.reshape(slots.shape))
     shape = (x_bsd.shape[0], x_bsd.shape[1])
     return from_groups(y_bsd, 'position', shape) if plan.across else y_bsd
+
+
+def _check_sizes(
+  d_model: int, d_ff: int, num_experts: int, granularity: int, num_shared: int, shared_mix: bool
+) -> None:
+  sizes = {
+    'd_model': d_model,
+    'd_ff': d_ff,
+    'num_experts': num_experts,
+    'granularity': granularity,
+  }
+  for key, value in sizes.items():
+    if value < 1:
+      raise ValueError(f'{key}={value}: accepted are integers from 1')
+  if num_shared < 0:
+    raise ValueError(f'num_shared={num_shared}: accepted are integers from 0')
+  if shared_mix and not num_shared:
+    raise ValueError('shared_mix=True with num_shared=0: accepted are integers from 1')
+  if d_ff % granularity:
+    raise ValueError(f'granularity={granularity} does not divide d_ff={d_ff}')
+
+
+def _as_router(
+  router: str | Mapping[str, Any] | Router, granularity: int, *, num_experts: int, **sizes
+) -> Router:
+  """The router that is given, or that is named, for all experts of a layer."""
+  if not isinstance(router, Router):
+    router = _make_router(router, granularity, num_experts=num_experts, **sizes)
+  if router.num_experts != num_experts:
+    raise ValueError(f'router of {router.num_experts} experts in a layer of {num_experts}')
+  return router
 
 
 def _make_router(router: str | Mapping[str, Any], granularity: int, **sizes) -> Router:

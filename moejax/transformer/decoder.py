@@ -88,24 +88,39 @@ class Decoder(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.causal = causal
     head_dim = head_width(d_model, num_heads, head_dim)
+    check_attention(num_heads, num_kv_heads, qk_norm, latent, heads, positions, attention)
+    self.causal, self.rotates = causal, positions == 'rotary'
     self.rotary_dim, self.rope_theta = latent.rotary_dim if latent else head_dim, rope_theta
-    out_init = residual_init(num_layers)
-    if heads and (latent or qk_norm or attention):
-      raise ValueError(
-        f'heads with latent={latent}, qk_norm={qk_norm}, attention={attention!r}: accepted are None, False and None'
+    kinds, mixtures = layer_kinds(num_layers, moe, moe_layers)
+    for layer in check_layers(depth.layers if depth else (), num_layers):
+      kinds[layer] += SKIPPED
+    writes = dict(out_init=residual_init(num_layers), dtype=dtype)
+
+    def make_attention(rngs):
+      if heads:
+        return heads(rngs)
+      options = dict(causal=causal, rngs=rngs, **writes)
+      if latent:
+        return LatentAttention(d_model, num_heads, head_dim, latent, **options)
+      return Attention(
+        d_model,
+        num_heads,
+        num_kv_heads or num_heads,
+        head_dim,
+        qk_norm=qk_norm,
+        qk_norm_scope=qk_norm_scope,
+        relative=positions == 'relative',
+        implementation=attention,
+        **options,
       )
-    other = latent or heads
-    if positions not in ('rotary', 'relative') or (other and positions != 'rotary'):
-      accepted = "'rotary'" if other else "'rotary' or 'relative'"
-      raise ValueError(f'positions={positions!r} is not {accepted}')
-    self.rotates = positions == 'rotary'
-    if latent and (num_kv_heads not in (None, num_heads) or qk_norm or attention):
-      raise ValueError(
-        f'latent attention with num_kv_heads={num_kv_heads}, qk_norm={qk_norm}, attention={attention!r}: '
-        'accepted are None, False and None'
-      )
+
+    def make_whole(kind, rngs):
+      block = dict(attention=make_attention(rngs), dtype=dtype, rngs=rngs)
+      if kind in mixtures:
+        return Block(d_model, moe=mixtures[kind](rngs), **block)
+      ffn = FFN(d_model, d_ff, activation=activation, gated=gated, rngs=rngs, **writes)
+      return Block(d_model, ffn=ffn, **block)
 
     def make_block(kind, rngs):
       block = make_whole(kind.removesuffix(SKIPPED), rngs)
@@ -113,36 +128,7 @@ class Decoder(nnx.Module):
         return block
       return SkippedBlock(d_model, block, depth, causal=causal, rngs=rngs)
 
-    def make_whole(kind, rngs):
-      options = dict(out_init=out_init, dtype=dtype, rngs=rngs)
-      attention_layer: nnx.Module
-      if heads:
-        attention_layer = heads(rngs)
-      elif latent:
-        attention_layer = LatentAttention(
-          d_model, num_heads, head_dim, latent, causal=causal, **options
-        )
-      else:
-        sizes = (d_model, num_heads, num_kv_heads or num_heads, head_dim)
-        attention_layer = Attention(
-          *sizes,
-          causal=causal,
-          qk_norm=qk_norm,
-          qk_norm_scope=qk_norm_scope,
-          relative=positions == 'relative',
-          implementation=attention,
-          **options,
-        )
-      if kind in mixtures:
-        mixture = mixtures[kind](rngs)
-        return Block(d_model, attention=attention_layer, moe=mixture, dtype=dtype, rngs=rngs)
-      ffn = FFN(d_model, d_ff, activation=activation, gated=gated, **options)
-      return Block(d_model, attention=attention_layer, ffn=ffn, dtype=dtype, rngs=rngs)
-
     self.embed = Embed(vocab_size, d_model, dtype=dtype, rngs=rngs)
-    kinds, mixtures = layer_kinds(num_layers, moe, moe_layers)
-    for layer in check_layers(depth.layers if depth else (), num_layers):
-      kinds[layer] += SKIPPED
     self.stack = Stack.create(
       make_block, kinds, remat=remat, unroll=unroll, make_shared=moe_shared, rngs=rngs
     )
@@ -230,6 +216,30 @@ class Encoder(Decoder):
 
   def __init__(self, *sizes, **options):
     super().__init__(*sizes, causal=False, **options)
+
+
+def check_attention(
+  num_heads: int,
+  num_kv_heads: int | None,
+  qk_norm: bool,
+  latent: Latent | None,
+  heads: Callable[[nnx.Rngs], nnx.Module] | None,
+  positions: str,
+  attention: str | None,
+) -> None:
+  """Raises ValueError for options of Decoder that its kind of attention does not have."""
+  if heads and (latent or qk_norm or attention):
+    raise ValueError(
+      f'heads with latent={latent}, qk_norm={qk_norm}, attention={attention!r}: accepted are None, False and None'
+    )
+  if latent and (num_kv_heads not in (None, num_heads) or qk_norm or attention):
+    raise ValueError(
+      f'latent attention with num_kv_heads={num_kv_heads}, qk_norm={qk_norm}, attention={attention!r}: '
+      'accepted are None, False and None'
+    )
+  accepted = ('rotary',) if latent or heads else ('rotary', 'relative')
+  if positions not in accepted:
+    raise ValueError(f'positions={positions!r} is not {" or ".join(map(repr, accepted))}')
 
 
 def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
