@@ -217,33 +217,20 @@ def token_choice(
   """
   weighting = weighting or ('softmax_topk' if k == 1 else 'softmax_topk_norm')
   _check(num_experts, k, weighting, capacity_factor, eval_capacity_factor)
-  check_name('priority', priority, PRIORITIES)
-  check_name('capacity_group', capacity_group, ('batch', 'sequence'))
   check_name('second_policy', second_policy, SECOND_POLICIES)
-  if eval_capacity_factor is not None and capacity_factor is None:
-    raise ValueError(
-      f'eval_capacity_factor={eval_capacity_factor} without capacity_factor: accepted with one, or None'
-    )
-  if renorm_after_drop and (capacity_factor is None or k == 1):
-    raise ValueError(
-      f'renorm_after_drop=True with k={k}, capacity_factor={capacity_factor}: accepted with k >= 2, where one choice '
-      "does not make the weight 1 and the router's gradient zero, and with a capacity_factor"
-    )
   if second_policy != 'all' and k != 2:
     raise ValueError(f'second_policy={second_policy!r} with k={k}: accepted with k=2 only')
   function, weights = WEIGHTINGS[weighting]
-  limit = None
-  if capacity_factor is not None:
-    limit = Capacity(
-      capacity_factor,
-      capacity_factor if eval_capacity_factor is None else eval_capacity_factor,
-      priority,
-      capacity_group,
-      renorm_after_drop,
-      _check_shares(capacity_shares, num_experts),
-    )
-  elif capacity_shares is not None:
-    raise ValueError('capacity_shares without capacity_factor: accepted with one, or None')
+  limit = _make_capacity(
+    num_experts,
+    k,
+    capacity_factor,
+    eval_capacity_factor,
+    priority,
+    capacity_group,
+    renorm_after_drop,
+    capacity_shares,
+  )
   flags = Flags(
     prefix_safe_train=limit is None or limit.prefix_safe(k, train=True),
     prefix_safe_eval=limit is None or limit.prefix_safe(k, train=False),
@@ -357,6 +344,37 @@ def vmoe(
     noise_std=noise_std,
     **options,
   )
+
+
+def _make_capacity(
+  num_experts: int,
+  k: int,
+  train_factor: float | None,
+  eval_factor: float | None,
+  priority: str,
+  group: str,
+  renorm_after_drop: bool,
+  shares: Sequence[int | float] | None,
+) -> Capacity | None:
+  """What `token_choice` bounds the experts by; None for dropless."""
+  check_name('priority', priority, PRIORITIES)
+  check_name('capacity_group', group, ('batch', 'sequence'))
+  if renorm_after_drop and (train_factor is None or k == 1):
+    raise ValueError(
+      f'renorm_after_drop=True with k={k}, capacity_factor={train_factor}: accepted with k >= 2, where one choice '
+      "does not make the weight 1 and the router's gradient zero, and with a capacity_factor"
+    )
+  if train_factor is None:
+    if eval_factor is not None:
+      raise ValueError(
+        f'eval_capacity_factor={eval_factor} without capacity_factor: accepted with one, or None'
+      )
+    if shares is not None:
+      raise ValueError('capacity_shares without capacity_factor: accepted with one, or None')
+    return None
+  eval_factor = train_factor if eval_factor is None else eval_factor
+  shares = _check_shares(shares, num_experts)
+  return Capacity(train_factor, eval_factor, priority, group, renorm_after_drop, shares)
 
 
 def _check(num_experts: int, k: int, weighting: str, *factors: float | None) -> None:
