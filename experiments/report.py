@@ -78,9 +78,9 @@ class _Run:
     return np.array(steps, np.float64), np.array(values, np.float64)
 
   def last(self, key: str) -> float | None:
-    """The last number of `key`, or None."""
-    _, values = self.get(key)
-    return float(values[-1]) if values.ndim == 1 and values.size else None
+    """The last number of `key`, NaN where it was not finite; None where it was not logged."""
+    found = [line[key] for line in self.lines if key in line]
+    return (math.nan if found[-1] is None else float(found[-1])) if found else None
 
   def layers(self) -> list[int]:
     """Indices in the model of the MoE layers."""
@@ -90,6 +90,19 @@ class _Run:
     model = self.config.get('model', {})
     named = moe_layers(model.get('moe', {}).get('layers', 'none'), model.get('num_layers', 0))
     return list(named) if counts and len(named) == counts[0] else list(range(max([0, *counts])))
+
+  def experts(self) -> list[int]:
+    """How many experts each MoE layer's router knows: of a pyramid, loads `[L, E]` end in zeros that are nobody's."""
+    _, loads = self.get('load')
+    if loads.ndim != 3:
+      return []
+    moe = self.config.get('model', {}).get('moe', {})
+    extra = sum(moe.get('zero_experts', {}).values())
+    counts = [
+      int(count) * moe['granularity'] + extra
+      for count in filter(None, moe.get('pyramid', '').split(','))
+    ]
+    return counts if len(counts) == loads.shape[1] else [loads.shape[2]] * loads.shape[1]
 
 
 def _summary(config: Mapping[str, Any]) -> str:
@@ -126,9 +139,12 @@ def _tiles(run: _Run) -> str:
       f'{run.lines[-1]["step"] + 1:,}',
     ),
     ('train loss', _tail_mean(run, 'loss', '{:.4f}')),
-    ('eval loss', f'{loss:.4f}' if loss is not None else None),
-    ('bits per byte', f'{loss / math.log(2):.4f}' if loss is not None and bytewise else None),
-    ('eval accuracy', f'{accuracy:.2%}' if accuracy is not None else None),
+    ('eval loss', _finite(loss, '{:.4f}')),
+    (
+      'bits per byte',
+      _finite(loss / math.log(2), '{:.4f}') if loss is not None and bytewise else None,
+    ),
+    ('eval accuracy', _finite(accuracy, '{:.2%}')),
     (
       _speed_unit(run),
       _short(float(np.median(speeds))) if speeds.size else None,
@@ -182,8 +198,8 @@ def _loads(run: _Run) -> str:
   if loads.ndim != 3:
     return ''
   cards = [
-    f'<div class="card"><h3>Layer {layer}</h3>{plots.heat_map(steps, loads[:, index])}</div>'
-    for index, layer in enumerate(run.layers())
+    f'<div class="card"><h3>Layer {layer}</h3>{plots.heat_map(steps, loads[:, index, :count])}</div>'
+    for index, (layer, count) in enumerate(zip(run.layers(), run.experts(), strict=True))
   ]
   return (
     '<div class="head"><div><h2>Load of the experts</h2>'
@@ -193,14 +209,12 @@ def _loads(run: _Run) -> str:
 
 
 def _routing(run: _Run) -> str:
-  layers = run.layers()
-  _, loads = run.get('load')
-  experts = loads.shape[2] if loads.ndim == 3 else 0
+  layers, counts = run.layers(), set(run.experts())
   cards = [
     _card(
       'Router entropy',
       _by_layer(run, 'entropy', layers),
-      f'nats, of ln {experts}' if experts else 'nats',
+      f'nats, of ln {counts.pop()}' if len(counts) == 1 else 'nats',
     ),
     _card('Load of the busiest expert', _by_layer(run, 'max_load', layers), '× mean'),
     _card(
@@ -294,11 +308,21 @@ def _value(value: Any) -> str:
 
 
 def _tail_mean(run: _Run, key: str, form: str) -> str | None:
-  """The mean over the last tenth of the run."""
-  _, values = run.get(key)
-  if not values.size or not np.isfinite(values).any():
+  """The mean of what was finite in the last tenth of the run."""
+  values = [line[key] for line in run.lines if key in line]
+  if not values:
     return None
-  return form.format(np.nanmean(values[-max(1, len(values) // 10) :]))
+  tail = [one for one in values[-max(1, len(values) // 10) :] if one is not None]
+  tail = [np.asarray(one)[np.isfinite(one)] for one in tail]
+  tail = [one.mean() for one in tail if one.size]
+  return _finite(float(np.mean(tail)) if tail else math.nan, form)
+
+
+def _finite(value: float | None, form: str) -> str | None:
+  """The number as text; 'not finite' where it is that, so that no earlier one is taken for it."""
+  if value is None:
+    return None
+  return form.format(value) if math.isfinite(value) else 'not finite'
 
 
 def _short(value: float) -> str:

@@ -77,6 +77,8 @@ def train(
       Checkpoints(folder / 'checkpoints', keep=settings.checkpoint.keep)
     )
     state, first_step = restore_or_init(checkpoints, parts, settings)
+    if distributed.is_first():
+      workdir.write_config(folder, config)
     announce(folder, state, parts, first_step)
     meta = {'config': config, 'data': parts.train_stream.fingerprint}
     batches = prefetch(parts.train_stream, first_step, settings.steps)
@@ -221,8 +223,10 @@ def stop_requested() -> Iterator[Stop]:
     stop.requested = True
     signal.signal(number, previous[number])
 
-  previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+  previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
+    for number in previous:
+      signal.signal(number, ask)
     yield stop
   finally:
     for number, handler in previous.items():

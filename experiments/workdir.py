@@ -140,20 +140,31 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def opened(workdir: Path, config: Mapping[str, Any]) -> Iterator[Path]:
-  """The run's folder, made, locked and with its config.json, for as long as the `with` block lasts.
+  """The run's folder, made and locked for as long as the `with` block lasts; its config.json is as it was.
 
-  In a run of several processes only the first enters it. Prints one line for each setting that a resume changes.
+  In a run of several processes only the first enters it.
 
   Raises:
     BadInput: another run writes here, or the folder belongs to another experiment.
     StorageError: the folder cannot be made or written.
   """
   with locked(workdir):
-    for line in _changes(workdir, config):
-      print(line, file=sys.stderr)
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-    write_text(config_path(workdir), text + '\n')
+    _changes(workdir, config)
     yield workdir
+
+
+def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Writes config.json, after a line on stderr for each setting that a resume changes.
+
+  For when nothing can refuse them any more: a run that does not go on keeps the settings it was made with.
+
+  Raises:
+    BadInput, StorageError: as `opened`.
+  """
+  for line in _changes(workdir, config):
+    print(line, file=sys.stderr)
+  text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+  write_text(config_path(workdir), text + '\n')
 
 
 @contextlib.contextmanager

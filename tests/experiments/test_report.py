@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from configs import common
+from experiments import plots
 from experiments.errors import BadInput
 from experiments.log import JsonLines
 from experiments.report import main, render, write_report
-from experiments.workdir import opened
+from experiments.workdir import write_config
 
 
 def _run(folder, steps=30, every=1, layers=4, experts=8, moe=True, change=None, **extra):
@@ -24,8 +25,8 @@ def _run(folder, steps=30, every=1, layers=4, experts=8, moe=True, change=None, 
   config.model.moe.layers = 'all' if moe else 'none'
   if change:
     config.update_from_flattened_dict(change)
-  with opened(folder, config.to_dict()):
-    pass
+  folder.mkdir(parents=True, exist_ok=True)
+  write_config(folder, config.to_dict())
   rng = np.random.default_rng(0)
   writer = JsonLines(folder / 'metrics.jsonl')
   for step in range(0, steps, every):
@@ -107,6 +108,17 @@ def test_a_run_of_experts_shows_all_it_logged(tmp_path):
   assert page.count('data:image/png') == 4
 
 
+def test_a_pyramid_shows_no_experts_that_a_layer_does_not_have(tmp_path, monkeypatch):
+  """Two, two and four experts, twice as many for granularity 2, and one that does nothing."""
+  shown = []
+  monkeypatch.setattr(plots, 'heat_map', lambda steps, shares: shown.append(shares.shape) or '')
+  change = {'model.moe.pyramid': '2,2,4', 'model.moe.granularity': 2}
+  change['model.moe.zero_experts'] = {'copy': 1}
+  page = write_report(_run(tmp_path, layers=3, experts=9, change=change)).read_text()
+  assert shown == [(30, 5), (30, 5), (30, 9)]
+  assert 'of ln' not in page
+
+
 def test_layers_are_named_as_in_the_model(tmp_path):
   change = {'model.num_layers': 8, 'model.moe.layers': 'every_2'}
   page = write_report(_run(tmp_path, change=change)).read_text()
@@ -144,6 +156,17 @@ def test_a_loss_that_was_not_finite_leaves_a_gap():
   page = render('gap', lines, {})
   _check_well_formed(page)
   assert '"x":[0.0,2.0]' in page
+
+
+def test_a_run_that_ends_without_finite_losses_says_so_and_shows_no_earlier_ones():
+  lines = [{'step': step, 'loss': None if step >= 17 else 4.0} for step in range(20)]
+  lines[10]['eval_loss'], lines[19]['eval_loss'] = 3.5, None
+  config = common.get_config().to_dict()
+  page = render('diverged', lines, config)
+  _check_well_formed(page)
+  tiles = _tiles(page)
+  for name in ('train loss', 'eval loss', 'bits per byte'):
+    assert tiles[name] == 'not finite'
 
 
 def test_nulls_in_vectors_are_gaps(tmp_path):

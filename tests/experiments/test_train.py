@@ -55,6 +55,10 @@ def lines(workdir):
   ]
 
 
+def refuse_data(*_):
+  raise DataError('other data')
+
+
 def digests(workdir, step):
   """sha256 of every leaf of the state after `step` steps."""
   meta = workdir / 'checkpoints' / str(step) / 'meta' / 'metadata'
@@ -91,6 +95,14 @@ def test_a_run_that_breaks_and_is_started_again_is_the_unbroken_run(tmp_path, mo
   with pytest.raises((BadInput, DataError), match='seed'):
     run(tmp_path / 'whole', '--config.seed=1')
   assert lines(tmp_path / 'whole') == lines(tmp_path / 'broken')
+
+  # a resume that other data of the same name refuse leaves the settings that go on
+  settings = (tmp_path / 'whole' / 'config.json').read_text()
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'check_fingerprint', refuse_data)
+    with pytest.raises(DataError, match='other data'):
+      run(tmp_path / 'whole', '--config.steps=20')
+  assert (tmp_path / 'whole' / 'config.json').read_text() == settings
 
 
 @pytest.mark.slow
@@ -200,8 +212,9 @@ def _a_file(folder):
 
 
 def _of_another_model(folder):
-  with workdir.opened(folder / 'run', common.get_config().to_dict()):
-    pass
+  config = common.get_config().to_dict()
+  with workdir.opened(folder / 'run', config):
+    workdir.write_config(folder / 'run', config)
   return BadInput, 2, f'workdir {folder}/run holds another experiment: batch_size=8 here and 32'
 
 
@@ -242,6 +255,22 @@ def test_a_workdir_without_checkpoint_is_refused_before_data_are_opened(
   monkeypatch.setattr(program, 'assemble', lambda *_: pytest.fail('data were opened'))
   with pytest.raises(BadInput, match=f'--workdir={tmp_path} has no checkpoint'):
     program.main(['', *SMALL, f'--workdir={tmp_path}'])
+
+
+def test_a_signal_may_come_while_its_handler_is_installed(monkeypatch):
+  install, before = signal.signal, signal.getsignal(signal.SIGTERM)
+
+  def install_and_send(number, handler):
+    was = install(number, handler)
+    if number == signal.SIGTERM and handler != before:
+      signal.raise_signal(number)
+    return was
+
+  with monkeypatch.context() as patch:
+    patch.setattr(signal, 'signal', install_and_send)
+    with train.stop_requested() as stop:
+      assert stop.requested
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_stopped_before_its_first_line_ends_well_and_goes_on(tmp_path, monkeypatch):

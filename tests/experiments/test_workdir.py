@@ -21,14 +21,16 @@ def _config(**changes):
 
 
 def _open(folder, **changes):
-  with workdirs.opened(folder, _config(**changes)):
-    pass
+  config = _config(**changes)
+  with workdirs.opened(folder, config):
+    workdirs.write_config(folder, config)
 
 
 def test_the_config_is_written_resolved_and_sorted(tmp_path):
   folder = tmp_path / 'a' / 'b'
   with workdirs.opened(folder, _config(steps=5)) as opened:
     assert opened == folder
+    workdirs.write_config(folder, _config(steps=5))
   text = (folder / 'config.json').read_text()
   assert json.loads(text) == _config(steps=5)
   assert text.index('"batch_size"') < text.index('"data"') < text.index('"steps"')
@@ -46,7 +48,7 @@ def test_tuples_in_a_config_are_no_difference_to_their_json(tmp_path, capsys):
   config['model']['moe']['router']['widths'] = (1, 2)
   for _ in range(2):
     with workdirs.opened(tmp_path, copy.deepcopy(config)):
-      pass
+      workdirs.write_config(tmp_path, copy.deepcopy(config))
   assert capsys.readouterr().err == ''
 
 
