@@ -76,6 +76,8 @@ class JsonLines:
       self._stream.write(json.dumps(line, allow_nan=False) + '\n')
       self._stream.flush()
     except OSError as error:
+      with contextlib.suppress(OSError):  # what is left in its buffer cannot be written either
+        self._stream.close()
       raise StorageError(f'{self.file} cannot be written: {error.strerror}') from error
 
   def close(self) -> None:

@@ -1,6 +1,8 @@
 """metrics.jsonl: every step once, whatever was killed; TensorBoard: never in the way."""
 
+import contextlib
 import dataclasses
+import io
 import json
 
 import jax.numpy as jnp
@@ -84,17 +86,22 @@ def test_an_unwritable_file_is_named(tmp_path):
     JsonLines(tmp_path / 'no' / 'm')
 
 
+class _Full(io.RawIOBase):
+  def writable(self):
+    return True
+
+  def write(self, _):
+    raise OSError(28, 'No space left on device')
+
+
 def test_a_full_disk_is_told(tmp_path):
+  """And not once more when the run closes the file, which still has the line in its buffer."""
   writer = JsonLines(tmp_path / 'm')
-
-  class Full:
-    def write(self, _):
-      raise OSError(28, 'No space left on device')
-
   writer._stream.close()
-  writer._stream = Full()
+  writer._stream = io.TextIOWrapper(io.BufferedWriter(_Full()))
   with pytest.raises(StorageError, match=f'{tmp_path}/m cannot be written: No space left'):
-    writer.write(0, {'loss': 1.0})
+    with contextlib.closing(writer):
+      writer.write(0, {'loss': 1.0})
 
 
 def _events(folder):
