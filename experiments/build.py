@@ -128,7 +128,8 @@ def program_key(settings: Settings, stream: Stream) -> str:
   for name in RUN_SETTINGS:
     section, _, key = name.rpartition('.')
     del (values[section] if section else values)[key]
-  shape = (stream.vocab_size, stream.image_shape, stream.num_classes, stream.num_labels)
+  length = None if stream.image_shape else settings.data.sequence_length
+  shape = (length, stream.vocab_size, stream.image_shape, stream.num_classes, stream.num_labels)
   return json.dumps([values, shape], sort_keys=True)
 
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from configs import common, tiny
+from experiments.build import program_key
 from experiments.compiler import check_compiler
 from experiments.errors import BadInput
 from experiments.make_model import build_mesh, make_exchange, model_maker
@@ -117,3 +118,23 @@ def test_options_of_the_compiler_reach_the_training_step():
     step = lower(Settings.from_config(config), make_mesh(devices=jax.devices()[:1]))
   with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
     step.compile()
+
+
+TEXT = types.SimpleNamespace(vocab_size=257, image_shape=None, num_classes=None, num_labels=None)
+DIGITS = types.SimpleNamespace(
+  vocab_size=None, image_shape=(28, 28, 1), num_classes=10, num_labels=None
+)
+
+
+def key_of(stream, **changes):
+  config = tiny.get_config()
+  config.update_from_flattened_dict(changes)
+  return program_key(Settings.from_config(config), stream)
+
+
+def test_runs_share_a_program_where_their_batches_have_one_shape():
+  """A compiled step takes arrays of its own shapes alone: sequences of another length are another program."""
+  assert key_of(TEXT, **{'seed': 1, 'optim.learning_rate': 0.5}) == key_of(TEXT)
+  assert key_of(TEXT, **{'data.sequence_length': 64}) != key_of(TEXT)
+  assert key_of(TEXT, batch_size=16) != key_of(TEXT)
+  assert key_of(DIGITS, **{'data.sequence_length': 64}) == key_of(DIGITS)
