@@ -12,8 +12,8 @@ from experiments.check_routing import check_routing, check_vocabulary
 from experiments.compiler import check_compiler
 from experiments.data import Stream, make_stream
 from experiments.errors import BadInput
-from experiments.kernels import check_exchange, check_kernels
-from experiments.make_model import build_mesh, model_maker
+from experiments.kernels import check_devices, check_exchange, check_kernels
+from experiments.make_model import build_mesh, make_exchange, model_maker
 from experiments.optim import make_optimizer
 from experiments.place import batch_share
 from experiments.program import Program
@@ -66,7 +66,13 @@ def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> 
   """
   check_routing(settings)
   check_compiler(settings.compiler)
-  share = batch_share(build_mesh(settings))
+  mesh = build_mesh(settings)
+  if settings.model.moe_layers:
+    make_exchange(
+      settings, mesh
+    )  # what it refuses needs no data, which may take minutes to be prepared
+    check_devices(settings, mesh.devices.flat)
+  share = batch_share(mesh)
   train_stream = open_stream(settings, train=True, share=share)
   eval_stream = open_stream(settings, train=False, share=share)
   check_vocabulary(settings, train_stream.vocab_size)

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from configs import common, tiny
+from experiments import build
 from experiments.build import program_key
 from experiments.compiler import check_compiler
 from experiments.errors import BadInput
@@ -20,8 +21,11 @@ from moejax.transformer import count_params
 EXPERT_CHOICE = {'name': 'expert_choice', 'group': 'batch'}
 
 
-def settings(exchange='auto', options=None, router=None, batch_size=8, **mesh):
+def settings(
+  exchange='auto', options=None, router=None, batch_size=8, implementation='auto', **mesh
+):
   config = tiny.get_config()
+  config.model.moe.implementation = implementation
   config.batch_size = batch_size
   config.mesh.update(mesh)
   config.model.moe.exchange = exchange
@@ -118,6 +122,20 @@ def test_options_of_the_compiler_reach_the_training_step():
     step = lower(Settings.from_config(config), make_mesh(devices=jax.devices()[:1]))
   with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
     step.compile()
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    (settings('bilevel', {'nodes': 3}, expert=4), 'nodes=3 does not divide'),
+    (settings('all_to_all', {'nodes': 2}, expert=4), "has no option 'nodes'"),
+    (settings(implementation='gpu'), "model.moe.implementation='gpu': .* not cpu"),
+  ],
+)
+def test_what_needs_no_data_is_refused_before_they_are_opened(config, message, monkeypatch):
+  monkeypatch.setattr(build, 'open_stream', lambda *_, **__: pytest.fail('data were opened'))
+  with pytest.raises(BadInput, match=message):
+    build.assemble(config)
 
 
 TEXT = types.SimpleNamespace(vocab_size=257, image_shape=None, num_classes=None, num_labels=None)
