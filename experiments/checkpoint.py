@@ -50,7 +50,10 @@ class Checkpoints:
     self.folder = folder.absolute()
     self._read_only = read_only
     self._saved: int | None = None
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only)
+    if read_only:  # Orbax would set the other two itself, with warnings
+      options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    else:
+      options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     try:
       if not read_only:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ def train(
       if evaluates or is_due(settings.log.every, done):
         metrics = jax.device_get(metrics)
         refuse_non_finite(metrics, step)
-        metrics['learning_rate'] = float(control(step).learning_rate)
+        metrics['learning_rate'] = control(step).learning_rate
         timed = progress.update(done, float(metrics['loss']))
         if evaluates:
           with progress.paused():

@@ -241,13 +241,14 @@ def test_when_nothing_restores_the_run_does_not_start_from_scratch(folder):
   assert sorted(path.name for path in folder.iterdir()) == ['1.corrupt', '2.corrupt']
 
 
-def test_a_reader_changes_nothing(folder):
+def test_a_reader_changes_nothing(folder, caplog):
   shutil.rmtree(folder / '2' / 'state')
   (folder / '3.orbax-checkpoint-tmp').mkdir()
   with Checkpoints(folder, read_only=True) as checkpoints:
     state, _ = checkpoints.restore(_abstract(_state(0)))
     _assert_equal(state, _state(1))
   assert sorted(path.name for path in folder.iterdir()) == ['1', '2', '3.orbax-checkpoint-tmp']
+  assert 'CheckpointManagerOptions' not in caplog.text
 
 
 def test_what_a_killed_save_left_is_removed(folder):

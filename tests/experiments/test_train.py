@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import common
@@ -85,6 +86,8 @@ def test_a_run_that_breaks_and_is_started_again_is_the_unbroken_run(tmp_path, mo
   assert lines(tmp_path / 'broken') == lines(tmp_path / 'whole')
   assert [line['step'] for line in lines(tmp_path / 'whole')] == list(range(12))
   assert digests(tmp_path / 'broken', 12) == digests(tmp_path / 'whole', 12)
+  rates = [line['learning_rate'] for line in lines(tmp_path / 'whole')]
+  assert rates == [float(str(np.float32(rate))) for rate in rates]  # no digits that it has not
   report = (tmp_path / 'whole' / 'report.html').read_text()
   assert '<svg' in report
   assert 'http' not in report.replace('http://www.w3.org', '')  # self-contained
