@@ -72,13 +72,13 @@ def parse(
 
 
 def folders(argv: list[str], program: str, names: tuple[str, ...] = ('DIR',)) -> list[Path]:
-  """The folders that are a program's only arguments.
+  """The folders that are a program's only arguments; `names` may be empty.
 
   Raises:
     BadInput: there are more or fewer, or one does not exist.
     SystemExit: with 0, after --help.
   """
-  usage = f'usage: python -m {program} {" ".join(names)}'
+  usage = ' '.join([f'usage: python -m {program}', *names])
   if argv[1:] == ['--help']:
     print(usage)
     sys.exit(0)

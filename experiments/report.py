@@ -339,9 +339,8 @@ def _smaller(value: Any) -> Any:
 
 def main(argv: list[str]) -> int:
   """`python -m experiments.report WORKDIR`."""
-  if len(argv) != 2 or argv[1].startswith('-'):
-    raise BadInput('usage: python -m experiments.report WORKDIR')
-  print(write_report(Path(argv[1])))
+  (folder,) = cli.folders(argv, 'experiments.report', ('WORKDIR',))
+  print(write_report(folder))
   return 0
 
 

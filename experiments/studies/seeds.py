@@ -35,9 +35,13 @@ _METRICS = {  # name in metrics.jsonl -> how it is said, its factor and its digi
 
 
 def main(argv: list[str]) -> int:
+  usage = 'usage: python -m experiments.studies.seeds configs/NAME.py ...'
+  if argv[1:] == ['--help']:
+    print(usage)
+    return 0
   files = [Path(name) for name in argv[1:]]
   if not files:
-    raise BadInput('usage: python -m experiments.studies.seeds configs/NAME.py ...')
+    raise BadInput(usage)
   for file in files:
     cli.execute(file, 'a config', ('get_config',))
   for file in files:

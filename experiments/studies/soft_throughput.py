@@ -122,7 +122,7 @@ def page(times: Mapping[int, Times]) -> str:
 
 
 def main(argv: list[str]) -> int:
-  del argv
+  cli.folders(argv, 'experiments.studies.soft_throughput', ())
   start = time.monotonic()
   times = {batch: measure(batch) for batch in BATCHES}
   out = rows.RESULTS / 'soft_throughput'

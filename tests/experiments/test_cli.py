@@ -1,5 +1,6 @@
 """The command line: what it reads, and that every failure is one sentence, exit code 2, and nothing written."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -335,3 +336,26 @@ def test_a_good_command_line_is_read_without_starting_jax(tmp_path):
   done = _program(f'--config={_COMMON}', '--config.steps=3', cwd=tmp_path)
   assert (done.returncode, done.stderr) == (0, '')
   assert list(tmp_path.iterdir()) == []
+
+
+_PROGRAMS = sorted(
+  '.'.join(file.relative_to(_ROOT).with_suffix('').parts)
+  for file in (_ROOT / 'experiments').rglob('*.py')
+  if 'cli.run(main)' in file.read_text()
+)
+
+
+@pytest.mark.parametrize('name', _PROGRAMS)
+def test_a_program_asked_for_help_or_given_what_it_does_not_know_does_nothing(
+  name, tmp_path, monkeypatch, capsys
+):
+  """One of them measured for minutes, and replaced its results, whatever it was given."""
+  program = importlib.import_module(name)
+  monkeypatch.chdir(tmp_path)
+  for given, code in (('--help', 0), ('--bogus', 2)):
+    monkeypatch.setattr(sys, 'argv', [name, given])
+    with pytest.raises(SystemExit) as exit:
+      cli.run(program.main)
+    assert exit.value.code == code
+    assert f'python -m {name}' in (said := ''.join(capsys.readouterr())) or given in said
+  assert not [*tmp_path.iterdir()]
