@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     'evaluation loss, nats',
     f'{Path(file).stem}: mean and s.d. over seeds',
   )
-  write_page(out, Path(file), lines, table)
+  write_page(out, Path(file), overrides, lines, table)
   print(page_table(lines))
   print(f'{out / "comparison.csv"}, {out / "plot.png"}', file=sys.stderr)
   return 0
@@ -82,7 +83,7 @@ def by_router(table: Sequence[Row]) -> dict[str, list[Row]]:
   """
   groups: dict[str, list[Row]] = {}
   for row in table:
-    if 'eval_loss' not in row:
+    if row.get('status') == record.DIVERGED or 'eval_loss' not in row:
       raise BadInput(
         f'{row["name"]} diverged: take it out of the comparison, or lower its learning rate'
       )
@@ -198,10 +199,15 @@ def page_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_page(
-  out: Path, file: Path, lines: Sequence[Mapping[str, Any]], table: Sequence[Row]
+  out: Path,
+  file: Path,
+  overrides: Sequence[str],
+  lines: Sequence[Mapping[str, Any]],
+  table: Sequence[Row],
 ) -> None:
-  """result.json and README.md beside the figure."""
-  command = f'scripts/python -m experiments.compare --config {file}'
+  """result.json and README.md beside the figure; the command has the overrides, which every run had."""
+  words = ['scripts/python', '-m', 'experiments.compare', '--config', str(file), *overrides]
+  command = shlex.join(words)
   values = {
     'command': command,
     'machine': rows.machine(),

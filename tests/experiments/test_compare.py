@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def test_a_comparison_trains_every_router_and_writes_one_table_and_one_figure(
   monkeypatch.chdir(ROOT)
   file = make_sweep(RUNS)
   arguments = [f'--config={file}', f'--workdir={tmp_path / "runs"}', f'--out={tmp_path / "out"}']
-  compare.main(['compare.py', *arguments, '--workers=1'])
+  override = "--config.model.moe.losses={'z': 0.001}"
+  compare.main(['compare.py', *arguments, '--workers=1', override])
   with (tmp_path / 'out' / 'comparison.csv').open() as stream:
     lines = list(csv.DictReader(stream))
   assert [line['router'] for line in lines] == ['top_k k=1', 'switch']
@@ -32,6 +34,7 @@ def test_a_comparison_trains_every_router_and_writes_one_table_and_one_figure(
   assert (
     compare.page_table([json.loads(json.dumps(line)) for line in compare_lines(tmp_path)]) in page
   )
+  assert shlex.quote(override) in page  # without it the command would train other models
   assert (tmp_path / 'out' / 'plot.png').stat().st_size > 5000
   assert '`switch`' in capsys.readouterr().out
 
@@ -52,6 +55,14 @@ def test_a_folder_for_the_table_that_cannot_be_made_is_refused_before_training(
   with pytest.raises(StorageError, match='--out=file/out cannot be made: Not a directory'):
     compare.main(['compare.py', *arguments])
   assert not (tmp_path / 'runs').exists()
+
+
+def test_a_run_that_diverged_after_an_evaluation_is_refused():
+  fine = {'name': 'a', 'status': 'finished', 'seed': 0, 'eval_loss': 2.0}
+  for broken in ({'eval_loss': 2.1}, {'eval_loss': float('nan')}, {}):
+    row = {'name': 'b', 'status': 'diverged', 'seed': 1, **broken}
+    with pytest.raises(BadInput, match='b diverged: take it out'):
+      compare.by_router([fine, row])
 
 
 def compare_lines(tmp_path):
