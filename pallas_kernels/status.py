@@ -54,6 +54,7 @@ TABLE = {
   'quantised_matmul': {
     'blocks': Status(ALL, ('tested',)),
     'cpu': Status(ALL, ('tested',)),
+    'gpu': Status(GPU, ('interpreted', 'compiled')),
     'tpu': Status(TPU, ('interpreted', 'compiled')),
   },
   'ragged_all_to_all': {

@@ -161,7 +161,7 @@ def turned_scratch(aim, dtype, shape) -> dict:
   """Room for `turned` operands of that shape: none on hardware."""
   if aim.transposes:
     return {}
-  return {'spare': plgpu.SMEM((CONSUMERS, *shape), dtype, transforms=transforms(dtype))}
+  return {'spare': plgpu.SMEM((CONSUMERS, *shape), dtype)}  # the interpreter wants no swizzle
 
 
 def turned(ref, spare, wg):

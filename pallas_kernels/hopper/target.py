@@ -23,6 +23,11 @@ class Target(NamedTuple):
   gather: Literal['cp_async', 'row_tma']
   transposes: bool = True
 
+  @property
+  def inline(self) -> bool:
+    """Whether kernels may hold machine instructions of their own."""
+    return self.gather == 'cp_async'
+
 
 HARDWARE = Target(SMS, 'cp_async')
 _TARGET = contextvars.ContextVar('target', default=HARDWARE)

@@ -11,7 +11,7 @@ from .. import compat, registry
 from ..grouped_matmul import check_axes, starts_of
 from .reference import quantised_matmul as _reference
 
-NAMES = ('blocks', 'cpu', 'reference', 'tpu')
+NAMES = ('blocks', 'cpu', 'gpu', 'reference', 'tpu')
 # Types of the values, and the largest of each.
 LARGEST = {'int8': 127.0, 'float8_e4m3fn': 448.0}
 
@@ -64,7 +64,8 @@ def quantised_matmul(
 
   Raises:
     ValueError: an unknown implementation, shapes or types that do not belong together, bad group sizes.
-    Unsupported: lhs of a type narrower than 16 bits, or no floating type; for 'tpu' see grouped_matmul; in a gradient.
+    Unsupported: lhs of a type narrower than 16 bits, or no floating type; for 'tpu' see grouped_matmul, for 'gpu'
+      gpu.forward; in a gradient.
   """
   registry.check_name('quantised_matmul', implementation, NAMES)
   registry.check_dtypes('quantised_matmul', lhs=lhs)

@@ -103,7 +103,8 @@ def test_products_are_as_wide_as_the_tensor_cores_take_them(kernels):
 
 def test_gathered_rows_come_in_pieces_of_16_bytes_and_the_others_by_bulk_copies(kernels):
   gathering = {'expert_ffn_up', 'expert_ffn_dh', 'expert_ffn_dw_into', 'expert_ffn_dw_down'}
-  gathering |= {'grouped_matmul', 'grouped_matmul_drhs'}
+  gathering |= {'grouped_matmul', 'grouped_matmul_drhs', 'quantised_matmul'}
+  lags = {'quantised 8': 6, 'quantised 32': 6, 'quantised 64': 3, 'quantised 128': 3}
   for (program, name), row in kernels.items():
     assert row['bulk loads'] > 0, (program, name)
     if name in gathering and 'contiguous' not in program:
@@ -111,6 +112,20 @@ def test_gathered_rows_come_in_pieces_of_16_bytes_and_the_others_by_bulk_copies(
         program,
         name,
       )
-      assert set(row['waits']) == {0, 2}, (program, name)  # the ring's lag, and its end
+      # the ring's lag, and its end
+      assert set(row['waits']) == {0, lags.get(program, 2)}, (program, name)
     else:
       assert not row['gathers'] and not row['waits'], (program, name)
+
+
+@pytest.mark.parametrize(
+  ('program', 'rows'), [('8', 16), ('32', 64), ('64', 128), ('128', 128), ('contiguous', 8)]
+)
+def test_weights_of_eight_bits_are_multiplied_from_registers_by_as_few_rows_as_there_are(
+  kernels, program, rows
+):
+  """The last has tiles of 16 rows, eight a warpgroup. A word of weights is loaded once for all its products."""
+  found = kernels_of(kernels, f'quantised {program}')
+  assert found.keys() == {'quantised_matmul'}
+  row = found['quantised_matmul']
+  assert row['products'] == [f'm64n{rows}k16'] and row['left'] == ['registers']

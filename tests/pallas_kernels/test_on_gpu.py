@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, quantise, quantised_matmul
 from pallas_kernels.expert_ffn.cases import CASES as FFN_CASES
 from pallas_kernels.grouped_matmul.cases import CASES
 from tests.pallas_kernels import products
@@ -44,6 +44,24 @@ def test_grouped_matmul(case, transpose_rhs, dtype):
   wanted = products.matmul_by_hand(lhs, rhs, starts, dout)
   for name, found in {'out': out, 'dlhs': dlhs, 'drhs': drhs}.items():
     assert distance(found, wanted[name]) < ROUNDING[dtype], name
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize('kind', ('int8', 'float8_e4m3fn'))
+@pytest.mark.parametrize('width_out', (256, 384))
+@pytest.mark.parametrize('dtype', ROUNDING)
+def test_quantised_matmul(case, kind, width_out, dtype):
+  """Columns of very different scales, each of which is right by itself."""
+  lhs, rhs, starts, dout = products.matmul_inputs(case, dtype, 256, width_out)
+  scales = jnp.geomspace(1e-2, 1e2, width_out, dtype=jnp.float32)
+  weights = quantise(rhs.astype(jnp.float32) * scales[None, None, :], kind)
+  sizes = jnp.asarray(case.sizes, jnp.int32)
+  run = jax.jit(quantised_matmul, static_argnames='implementation')
+  out = np.asarray(run(lhs, weights, sizes, implementation='gpu'), np.float64)
+  exact = np.asarray(weights.values, np.float64) * np.asarray(weights.scale)
+  wanted = products.matmul_by_hand(lhs, exact, starts, dout)['out']
+  column = np.abs(wanted).max(axis=0, keepdims=True, initial=1e-30)
+  assert distance(out / column, wanted / column) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize('case', FFN_CASES, ids=lambda case: case.name)

@@ -26,6 +26,7 @@ from tests.pallas_kernels import (
   test_expert_ffn,
   test_gpu_compiled,
   test_gpu_interpreted,
+  test_gpu_quantised,
   test_grouped_matmul,
   test_quantised_matmul,
   test_ragged_all_to_all,
@@ -68,7 +69,9 @@ def test_each_word_of_a_proof_has_its_evidence(operation, body):
   if body == 'gpu':
     script = (ROOT / test_gpu_compiled.SCRIPT).read_text(encoding='utf-8')
     compiled = f'from pallas_kernels.{operation} import gpu' in script
-    tested = hasattr(test_gpu_interpreted, f'test_{operation}_is_right_in_value_and_gradient')
+    tested = hasattr(
+      test_gpu_interpreted, f'test_{operation}_is_right_in_value_and_gradient'
+    ) or hasattr(test_gpu_quantised, f'test_{operation}_is_right_in_value')
   else:
     compiled = body == 'tpu' and any(p.operation == operation for p in tpu_programs.PROGRAMS)
     tested = body in TESTS[operation].BODIES

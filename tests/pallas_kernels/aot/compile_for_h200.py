@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels import expert_ffn, packed
 from pallas_kernels.expert_ffn import gpu as ffn_body
 from pallas_kernels.grouped_matmul import gpu as matmul_body
+from pallas_kernels.quantised_matmul import gpu as quantised_body
 
 HERE = pathlib.Path(__file__).parent
 NARROW = jnp.bfloat16
@@ -88,6 +89,19 @@ def layer_without_gather():
   return run, (half(tokens, width), *rows, up, up, half(experts, hidden, width))
 
 
+def quantised(kind, dtype, rows, *, experts=64, width_out=1024, gather=True):
+  """quantised_matmul with `rows` rows a group."""
+
+  def run(lhs, values, scale, starts):
+    return quantised_body.forward(lhs, values, scale, starts, gather=gather)
+
+  width_in = 2048
+  weights = struct(experts, width_in, width_out, dtype=kind)
+  scale = struct(experts, 1, width_out, dtype=jnp.float32)
+  starts = struct(experts + 1, dtype=jnp.int32)
+  return run, (struct(rows * experts, width_in, dtype=dtype), weights, scale, starts)
+
+
 PROGRAMS = {
   'matmul gathered': lambda: matmul(gather=True, transpose_rhs=False),
   'matmul contiguous': lambda: matmul(gather=False, transpose_rhs=True),
@@ -95,6 +109,13 @@ PROGRAMS = {
   'layer coarse plain': lambda: layer('coarse', gated=False, activation='gelu'),
   'layer decode': lambda: layer('decode', weights=jnp.float32),
   'layer contiguous': layer_without_gather,
+  'quantised 8': lambda: quantised(jnp.int8, NARROW, 8),
+  'quantised 32': lambda: quantised(jnp.float8_e4m3fn, NARROW, 32),
+  'quantised 64': lambda: quantised(jnp.float8_e4m3fn, jnp.float16, 64),
+  'quantised 128': lambda: quantised(jnp.int8, NARROW, 128),
+  'quantised contiguous': lambda: quantised(
+    jnp.int8, jnp.float16, 4, experts=8, width_out=384, gather=False
+  ),
 }
 
 
@@ -107,6 +128,12 @@ def facts(folder):
     yield {
       'kernel': re.sub(r'_\d+$', '', path.stem),
       'products': sorted(set(re.findall(r'wgmma\.mma_async\.sync\.aligned\.(\w+)\.', ptx))),
+      'left': sorted(
+        {
+          'registers' if brace else 'memory'
+          for brace in re.findall(r'wgmma\.mma_async\S+ \{[^}]*\}, (\{?)', ptx)
+        }
+      ),
       'gathers': re.findall(r'cp\.async\.(c[ag])\.\S+ \[\S+\], \[\S+\], (\d+)', ptx),
       'bulk loads': len(re.findall(r'cp\.async\.bulk\.tensor\S*shared\S*global', ptx)),
       'waits': [int(n) for n in re.findall(r'cp\.async\.wait_group\s+(\d+)', ptx)],
