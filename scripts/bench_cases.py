@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import expert_ffn, grouped_matmul
+from pallas_kernels import expert_ffn, grouped_matmul, quantise, quantised_matmul
 from pallas_kernels.expert_ffn import NAMES as FFN_NAMES
 from pallas_kernels.expert_ffn.cases import CASES as FFN_CASES
 from pallas_kernels.grouped_matmul import NAMES as MATMUL_NAMES
 from pallas_kernels.grouped_matmul.cases import CASES as MATMUL_CASES
+from pallas_kernels.quantised_matmul import NAMES as QUANTISED_NAMES
 
 WIDTH, HIDDEN = 128, 256  # what every body takes
 # Relative to the largest entry: 8 bits of mantissa, twice where the hidden layer is rounded too.
@@ -32,6 +33,13 @@ def _matmul(name, arrays):
   call = lambda lhs, rhs: grouped_matmul(lhs, rhs, arrays['group_sizes'], implementation=name)
   out, pull = jax.vjp(call, arrays['lhs'], arrays['rhs'])
   return out, *pull(jnp.sin(out))
+
+
+def _quantised(name, arrays):
+  """Both types of weights."""
+  weights = [quantise(arrays['rhs'], kind) for kind in ('int8', 'float8_e4m3fn')]
+  options = dict(group_sizes=arrays['group_sizes'], implementation=name)
+  return [quantised_matmul(arrays['lhs'], one, **options) for one in weights]
 
 
 def _ffn(name, arrays):
@@ -59,6 +67,7 @@ def run(dtype, backend: str, refusals) -> list[dict]:
   suites = (
     ('grouped_matmul', MATMUL_NAMES, MATMUL_CASES, _matmul),
     ('expert_ffn', FFN_NAMES, FFN_CASES, _ffn),
+    ('quantised_matmul', QUANTISED_NAMES, MATMUL_CASES, _quantised),
   )
   for operation, names, cases, function in suites:
     bodies = [n for n in names if n != 'reference' and n in ('blocks', 'cpu', backend)]

@@ -30,9 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.allocator import keep_freed_memory
-from pallas_kernels import Unsupported, expert_ffn, grouped_matmul, packed, registry, top_k
+from pallas_kernels import (
+  Quantised,
+  Unsupported,
+  expert_ffn,
+  grouped_matmul,
+  packed,
+  quantise,
+  quantised_matmul,
+  registry,
+  top_k,
+)
 from pallas_kernels.expert_ffn import NAMES as FFN_NAMES
 from pallas_kernels.grouped_matmul import NAMES as MATMUL_NAMES
+from pallas_kernels.quantised_matmul import NAMES as QUANTISED_NAMES
 from pallas_kernels.routing import NAMES as ROUTING_NAMES
 from scripts.bench_advice import advice
 from scripts.conditions import conditions
@@ -56,6 +67,7 @@ NAMED = (
   Shape('A', 32768, 2048, 1024, 64, 8),
   Shape('B', 24576, 1536, 256, 128, 8),
   Shape('C', 32768, 4096, 14336, 8, 2),
+  Shape('decode', 256, 2048, 1024, 64, 8),
   Shape('cpu', 4096, 512, 1024, 16, 2),
   Shape('small', 512, 128, 256, 8, 2),
 )
@@ -123,6 +135,18 @@ def matmul_operation(shape: Shape, dtype) -> Operation:
   return Operation(MATMUL_NAMES, arguments, 2, call, rivals, 2 * t * k * d * f)
 
 
+def quantised_operation(shape: Shape, dtype, kind: str = 'int8') -> Operation:
+  """The same with weights of eight bits. At the shape decode it takes as long as they take to read."""
+  _, t, d, f, e, k, _ = shape
+  sizes = jnp.asarray(np.bincount(choose_experts(shape), minlength=e), jnp.int32)
+  weights = jax.jit(quantise, static_argnums=1)(_normal(1, 'float32', e, d, f), kind)
+  call = lambda name, lhs, values, scale, sizes: quantised_matmul(
+    lhs, Quantised(values, scale), sizes, implementation=name
+  )
+  arguments = _normal(0, dtype, t * k, d), *weights, sizes
+  return Operation(QUANTISED_NAMES, arguments, 0, call, {}, 2 * t * k * d * f)
+
+
 def ffn_operation(shape: Shape, dtype) -> Operation:
   """The whole gated layer of given experts."""
   _, t, d, f, e, k, _ = shape
@@ -165,6 +189,8 @@ OPERATIONS = {
   'expert_ffn': ffn_operation,
   'grouped_matmul': matmul_operation,
   'pack': pack_operation,
+  'quantised_matmul': quantised_operation,
+  'quantised_matmul_e4m3': functools.partial(quantised_operation, kind='float8_e4m3fn'),
   'top_k': top_k_operation,
 }
 

@@ -47,6 +47,15 @@ def test_a_race_reports_each_body_and_why_others_do_not_take_part(bench, tmp_pat
   assert out.splitlines()[-1] == 'expert_ffn was not timed here: nothing to set'
 
 
+@pytest.mark.parametrize('operation', ('quantised_matmul', 'quantised_matmul_e4m3'))
+def test_weights_of_eight_bits_are_raced_without_a_gradient(bench, operation):
+  shape = bench.Shape('few rows', 8, 128, 128, 4, 2)
+  programs, refused, op = bench.contestants(operation, shape, np.dtype('float32'))
+  assert programs.keys() == {'blocks', 'cpu'} and refused.keys() == {'gpu', 'tpu'}
+  assert all(parts.keys() == {'forward'} for parts in programs.values())
+  assert op.flops == 2 * 16 * 128 * 128 and op.arguments[1].nbytes == 4 * 128 * 128
+
+
 def test_a_rival_that_fails_is_no_failure(bench, monkeypatch):
   """torch and Triton are looked for where their operation is raced, and nowhere else."""
 
