@@ -37,11 +37,20 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.extend.mlir import ir  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 hypothesis.settings.register_profile('moejax', derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile('moejax')
+
+
+def _alone(context: ir.Context, pool):
+  """MLIR's programs are lowered by one thread: with a pool, each costs time in proportion to all that are alive."""
+  context.enable_multithreading(False)
+
+
+ir.Context.set_thread_pool = _alone
 
 
 def _checked_modules() -> list[str]:
