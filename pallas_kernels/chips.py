@@ -15,21 +15,26 @@ class Made(NamedTuple):
 
   Attributes:
     platform: as devices name it, which calls every GPU 'gpu'.
-    capability: of NVIDIA's instruction sets the one it is compiled to; None: any.
+    capabilities: of NVIDIA's instruction sets those that it is compiled to; None: any.
     kinds: parts of the names of chips that have it, for devices of which no more is known.
     text: the same in words.
   """
 
   platform: str
-  capability: str | None
+  capabilities: tuple[str, ...] | None
   kinds: tuple[str, ...]
   text: str
 
 
 HOPPER = ('H100', 'H200', 'H800', 'H20')
-# Instructions of sm_90a exist on no other generation, older or newer. Every other body is of XLA's operations.
+AMPERE = ('A100', 'A800', 'A10', 'A30', 'A40', 'RTX A', 'GeForce RTX 30')
+ADA = ('L4', 'L20', 'Ada', 'GeForce RTX 40')
+EIGHT = 'an NVIDIA GPU of compute capability 8.0 to 8.9 (A100, L40S)'
+# Instructions of sm_90a exist on no other generation, older or newer; before it Mosaic copies in another way. Every
+# other body is of XLA's operations.
 MADE_FOR = {
-  'gpu': Made('gpu', '9.0', HOPPER, 'an NVIDIA GPU of compute capability 9.0 (H100, H200)'),
+  'ampere': Made('gpu', ('8.0', '8.6', '8.7', '8.9'), AMPERE + ADA, EIGHT),
+  'gpu': Made('gpu', ('9.0',), HOPPER, 'an NVIDIA GPU of compute capability 9.0 (H100, H200)'),
   'tpu': Made('tpu', None, (), 'a TPU'),
 }
 _SIMULATED = contextvars.ContextVar('simulated', default=False)
@@ -68,11 +73,11 @@ def check_device(operation: str, implementation: str, device: Any) -> None:
 def _may_run(made: Made, device: Any) -> bool:
   if device.platform != made.platform:
     return False
-  if made.capability is None:
+  if made.capabilities is None:
     return True
   # 9.0 and no other: what is made for sm_90a does not run on sm_100.
   known = getattr(device, 'compute_capability', None)
-  return known == made.capability if known else any(k in device.device_kind for k in made.kinds)
+  return known in made.capabilities if known else any(k in device.device_kind for k in made.kinds)
 
 
 def check(operation: str, implementation: str, args: Any) -> None:

@@ -16,11 +16,16 @@ PROOFS = {
     "run by the platform's interpreter on a CPU, in value and (but for weights of eight bits) gradient, on every case "
     '(those of GPUs by default smaller ones, with `pytest --full-matrix` all)'
   ),
+  'simulated': (
+    'run by that interpreter in the same way, with operations of its own for those of the chip that it does not know '
+    '(products of matrices, copies that threads count)'
+  ),
   'compiled': "compiled for the named chips by the platform's own compiler, which checks tiles and on-chip memory",
   'measured': 'timed on its platform; the numbers are in experiments/results',
 }
-CHIPS = {'tpu': 'v5p, v6e, 7x', 'gpu': 'H200'}
+CHIPS = {'ampere': 'A100', 'gpu': 'H200', 'tpu': 'v5p, v6e, 7x'}
 PLATFORMS = {
+  'ampere': 'NVIDIA Ampere or Ada, by Mosaic of jax 0.11 on',
   'cpu': 'CPU',
   'blocks': 'any, by XLA',
   'gpu': 'NVIDIA GPU, by Mosaic',
@@ -46,6 +51,7 @@ TABLE = {
     'tpu': Status(TPU, ('interpreted', 'compiled')),
   },
   'grouped_matmul': {
+    'ampere': Status(GPU, ('simulated', 'compiled')),
     'blocks': Status(ALL, ('tested', 'measured')),
     'cpu': Status(ALL, ('tested', 'measured')),
     'gpu': Status(GPU, ('interpreted', 'compiled')),

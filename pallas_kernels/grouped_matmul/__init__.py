@@ -11,7 +11,7 @@ from .. import compat, registry
 from ..packed import iota
 from .reference import grouped_matmul as _reference
 
-NAMES = ('blocks', 'cpu', 'gpu', 'reference', 'tpu')
+NAMES = ('ampere', 'blocks', 'cpu', 'gpu', 'reference', 'tpu')
 
 
 def grouped_matmul(
@@ -41,7 +41,8 @@ def grouped_matmul(
     ValueError: an unknown implementation, axes or widths that do not belong together, group sizes that are not
       int32, or (where they are known) negative or more than R together, a group offset that is no integer or (where
       it is known) leaves a matrix without a group.
-    Unsupported: a type narrower than 16 bits, or no floating type; for 'tpu' see tpu.check, for 'gpu' gpu.forward.
+    Unsupported: a type narrower than 16 bits, or no floating type; for 'tpu' see tpu.check, for 'gpu' gpu.forward, for
+      'ampere' ampere.forward.
   """
   registry.check_name('grouped_matmul', implementation, NAMES)
   registry.check_dtypes('grouped_matmul', lhs=lhs, rhs=rhs)

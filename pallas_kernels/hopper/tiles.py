@@ -44,7 +44,7 @@ def columns_of(width: int) -> int:
   return 256 if width % 256 == 0 else 128
 
 
-def check_widths(operation: str, **widths: int) -> None:
+def check_widths(operation: str, *, body: str = 'gpu', **widths: int) -> None:
   """Refuses what no tile divides.
 
   Raises:
@@ -53,7 +53,7 @@ def check_widths(operation: str, **widths: int) -> None:
   for name, width in widths.items():
     if width % MULTIPLE or not width:
       raise Unsupported(
-        f"{operation}: implementation='gpu' wants multiples of {MULTIPLE}, {name}={width}"
+        f'{operation}: implementation={body!r} wants multiples of {MULTIPLE}, {name}={width}'
       )
 
 
@@ -67,7 +67,7 @@ def choose(rows: int, width: int, *, sides: int = 1, epilogue_buffers: int = 0) 
   return Tiles(rows, 128 if narrow else 256, 4)
 
 
-def check_types(operation: str, rows, **weights) -> None:
+def check_types(operation: str, rows, *, body: str = 'gpu', **weights) -> None:
   """Refuses what the tensor cores do not multiply at full speed: of float32 they would read 10 bits of mantissa.
 
   Raises:
@@ -75,11 +75,11 @@ def check_types(operation: str, rows, **weights) -> None:
   """
   if str(rows.dtype) not in ('bfloat16', 'float16'):
     raise Unsupported(
-      f"{operation}: implementation='gpu' multiplies rows of bfloat16 or float16, not {rows.dtype}"
+      f'{operation}: implementation={body!r} multiplies rows of bfloat16 or float16, not {rows.dtype}'
     )
   for name, weight in weights.items():
     if str(weight.dtype) not in ('float32', str(rows.dtype)):
       raise Unsupported(
-        f"{operation}: implementation='gpu' with rows of {rows.dtype} wants {name} of that type or "
+        f'{operation}: implementation={body!r} with rows of {rows.dtype} wants {name} of that type or '
         f'float32, not {weight.dtype}'
       )

@@ -26,6 +26,11 @@ CPU = device('cpu', 'cpu')
     ('gpu', device('NVIDIA B200', compute_capability='10.0')),
     ('gpu', device('AMD Instinct MI300X', compute_capability='gfx942')),
     ('gpu', device('NVIDIA A100-SXM4-80GB')),
+    ('ampere', H200),
+    ('ampere', device('NVIDIA H200')),
+    ('ampere', device('Tesla V100-SXM2-16GB', compute_capability='7.0')),
+    ('ampere', device('AMD Instinct MI300X', compute_capability='gfx942')),
+    ('ampere', CPU),
     ('gpu', V5P),
     ('gpu', CPU),
     ('tpu', H200),
@@ -41,6 +46,9 @@ def test_a_body_is_refused_on_other_chips_with_the_chip(body, where):
 def test_each_body_runs_on_its_own_chip_and_those_of_xla_everywhere():
   for where in (H200, device('NVIDIA H100 80GB HBM3'), device('NVIDIA H20')):
     chips.check_device('op', 'gpu', where)
+  for kind, capability in (('A100-SXM4-80GB', '8.0'), ('L4', '8.9'), ('RTX A6000', '8.6')):
+    chips.check_device('op', 'ampere', device(f'NVIDIA {kind}', compute_capability=capability))
+    chips.check_device('op', 'ampere', device(f'NVIDIA {kind}'))
   chips.check_device('op', 'tpu', V5P)
   for body in ('blocks', 'cpu', 'reference'):
     for where in (H200, V5P, CPU):

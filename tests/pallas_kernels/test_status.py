@@ -1,5 +1,6 @@
 """The README of the kernels says what the code and the tests say."""
 
+import functools
 import importlib
 import json
 import types
@@ -20,8 +21,11 @@ from pallas_kernels import (
   status,
   top_k,
 )
+from pallas_kernels.ampere import machine
 from tests.conftest import ROOT
 from tests.pallas_kernels import (
+  test_ampere,
+  test_ampere_compiled,
   test_exchange_matmul,
   test_expert_ffn,
   test_gpu_compiled,
@@ -41,6 +45,11 @@ TESTS = {
   'quantised_matmul': test_quantised_matmul,
   'ragged_all_to_all': test_ragged_all_to_all,
   'routing': test_routing,
+}
+# Tests that run a body and that compile it.
+OF_NVIDIA = {
+  'ampere': ((test_ampere,), test_ampere_compiled),
+  'gpu': ((test_gpu_interpreted, test_gpu_quantised), test_gpu_compiled),
 }
 ROWS = [(op, body) for op, bodies in status.TABLE.items() for body in bodies]
 
@@ -66,12 +75,13 @@ def test_each_word_of_a_proof_has_its_evidence(operation, body):
   proof = status.TABLE[operation][body].proof
   assert set(proof) <= set(status.PROOFS)
   assert ('interpreted' in proof) == (body in ('gpu', 'tpu'))
-  if body == 'gpu':
-    script = (ROOT / test_gpu_compiled.SCRIPT).read_text(encoding='utf-8')
-    compiled = f'from pallas_kernels.{operation} import gpu' in script
-    tested = hasattr(
-      test_gpu_interpreted, f'test_{operation}_is_right_in_value_and_gradient'
-    ) or hasattr(test_gpu_quantised, f'test_{operation}_is_right_in_value')
+  assert ('simulated' in proof) == (body == 'ampere')
+  if body in OF_NVIDIA:
+    runs, compiled_by = OF_NVIDIA[body]
+    script = (ROOT / compiled_by.SCRIPT).read_text(encoding='utf-8')
+    compiled = f'from pallas_kernels.{operation} import {body}' in script
+    right = f'test_{operation}_is_right_in_value'
+    tested = any(hasattr(run, right + more) for run in runs for more in ('', '_and_gradient'))
   else:
     compiled = body == 'tpu' and any(p.operation == operation for p in tpu_programs.PROGRAMS)
     tested = body in TESTS[operation].BODIES
@@ -117,9 +127,11 @@ def _call(operation, body, dtype):
 @pytest.mark.parametrize(('operation', 'body'), ROWS)
 def test_a_body_takes_the_types_of_its_row_and_no_others(operation, body):
   taken = status.TABLE[operation][body].types
+  late = body == 'ampere' and not hasattr(machine.plgpu, 'mma')
   for dtype in status.ALL:
-    if dtype in taken:
-      assert jax.eval_shape(lambda dtype=dtype: _call(operation, body, dtype)) is not None
-    else:
-      with pytest.raises(Unsupported, match=dtype):
-        jax.eval_shape(lambda dtype=dtype: _call(operation, body, dtype))
+    ask = functools.partial(jax.eval_shape, lambda dtype=dtype: _call(operation, body, dtype))
+    if dtype in taken and not late:
+      assert ask() is not None
+      continue
+    with pytest.raises(Unsupported, match='needs jax 0.11' if dtype in taken else dtype):
+      ask()

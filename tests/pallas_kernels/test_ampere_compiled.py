@@ -1,0 +1,69 @@
+"""The body for Ampere compiled to sm_80 machine code, without a GPU: what it asks of the multiprocessor.
+
+Needs jax 0.11 or newer, so Python 3.12, and what test_gpu_compiled.py needs. That a kernel compiles so proves no
+ordering of memory and no speed.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from jax.experimental.pallas import mosaic_gpu
+
+from tests.pallas_kernels.test_gpu_compiled import missing
+
+pytestmark = pytest.mark.aot
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = 'tests/pallas_kernels/aot/compile_for_a100.py'
+# Of a multiprocessor; each block takes 1024 bytes more than it asks for, and Ada gives a block at most 99 KiB.
+THREADS, REGISTERS, SHARED_MEMORY, RESERVED, ADA = 128, 65536, 164 * 1024, 1024, 99 * 1024
+
+
+@pytest.fixture(scope='module')
+def kernels(tmp_path_factory):
+  """Facts, a kernel each."""
+  if not hasattr(mosaic_gpu, 'mma'):
+    pytest.skip('this jax is older than 0.11: its Pallas has no plgpu.mma')
+  if (reason := missing()) is not None:
+    pytest.skip(reason)
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'}
+  command = [sys.executable, SCRIPT, str(tmp_path_factory.mktemp('kernels'))]
+  options = dict(cwd=ROOT, env=env | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+  done = subprocess.run(command, **options, check=False, timeout=280)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+
+
+def test_value_and_both_gradients_are_compiled_for_sm_80(kernels):
+  """In two programs: the value, the gradient of the rows by the same kernel, that of the matrices."""
+  names = sorted(row['kernel'].rstrip('0123456789') for row in kernels)
+  assert names == ['grouped_matmul_'] * 4 + ['grouped_matmul_drhs_'] * 2
+  assert {row['target'] for row in kernels} == {'sm_80'}
+
+
+def test_nothing_is_spilled_and_two_blocks_fit_a_multiprocessor(kernels):
+  for row in kernels:
+    assert row['stack'] == 0 and row['spills'] and not any(row['spills']), row
+    assert 2 * row['registers'] * THREADS <= REGISTERS, row
+    assert 2 * (row['shared memory'] + RESERVED) <= SHARED_MEMORY, row
+    assert row['shared memory'] <= ADA, row
+
+
+def test_products_are_those_of_the_tensor_cores_and_their_operands_come_four_matrices_at_a_time(
+  kernels,
+):
+  for row in kernels:
+    assert row['products'] == ['m16n8k16'] and row['loads of operands'] > 0, row
+    assert row['types'] == [{'wide': 'bf16', 'narrow': 'f16'}[row['program']]], row
+
+
+def test_copies_are_asynchronous_in_pieces_of_16_bytes_and_results_leave_in_such(kernels):
+  for row in kernels:
+    assert row['copies'] == [['cg', '16']], row
+    assert row['waits'] == [0, 2], row  # a stage of two copies may be under way; at the end none
+    alone = {'b16'} if 'drhs' not in row['kernel'] else set()  # rows that fill no chunk
+    assert set(row['stores']) == {'v4.b32', *alone}, row
