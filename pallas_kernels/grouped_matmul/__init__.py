@@ -35,7 +35,7 @@ def grouped_matmul(
     transpose_rhs: multiply by `rhs[e].T`.
     group_offset: the expert of `rhs[0]`, where a device holds E matrices of G experts; at most G - E (a traced one
       beyond counts as G - E). Rows of the other experts are zero, in value and in gradient, whatever lhs holds there.
-    implementation: 'cpu', 'gpu', 'tpu', 'blocks', 'reference', or None for the best of the platform lowered for.
+    implementation: one of `NAMES`, or None for the best of the platform lowered for.
 
   Raises:
     ValueError: an unknown implementation, axes or widths that do not belong together, group sizes that are not

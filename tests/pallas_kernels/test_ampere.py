@@ -162,6 +162,16 @@ def test_wider_matrices_of_float32_whose_gradient_is_not_rounded():
   assert distance(found['dlhs'], wanted['dlhs']) < ROUNDING['bfloat16']
 
 
+def test_rows_before_the_first_group_are_of_no_expert():
+  """What a device that holds some experts of many asks for (group_offset): it masks those rows itself."""
+  lhs, rhs, starts, dout = products.matmul_inputs(SMALL[3], 'bfloat16')
+  later = starts.at[0].set(20)
+  lhs, dout = (x.at[:20].set(jnp.nan) for x in (lhs, dout))
+  found, wanted = simulate((lhs, rhs, later, dout)), products.matmul_by_hand(lhs, rhs, later, dout)
+  for name, rows in {'out': slice(20, None), 'dlhs': slice(20, None), 'drhs': slice(None)}.items():
+    assert distance(found[name][rows], wanted[name][rows]) < ROUNDING['bfloat16'], name
+
+
 def test_a_stage_that_nobody_waits_for_is_seen(monkeypatch):
   """The control: the copies of a stage are under way when it is read, and when it is filled again."""
   lhs, rhs, starts, _ = products.matmul_inputs(Case('', 64, (64,)), 'bfloat16')
