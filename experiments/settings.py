@@ -75,7 +75,7 @@ class MoESettings:
   output_norm: bool
   momentum: dict[str, Any]  # 'name' and options; empty for none
   dispatch: Literal['fused', 'sorted', 'einsum']
-  implementation: Literal['auto', 'blocks', 'cpu', 'gpu', 'tpu', 'reference']
+  implementation: Literal['auto', 'ampere', 'blocks', 'cpu', 'gpu', 'tpu', 'reference']
   exchange: Literal[
     'auto',
     'local',

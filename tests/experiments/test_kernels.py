@@ -41,12 +41,12 @@ def test_a_run_on_a_body_by_name_is_the_run_on_another():
   np.testing.assert_allclose(first_loss(settings('blocks')), first_loss(settings('cpu')), rtol=1e-5)
 
 
-@pytest.mark.parametrize(('body', 'chip'), [('gpu', 'H100'), ('tpu', 'TPU')])
+@pytest.mark.parametrize(('body', 'chip'), [('ampere', 'A100'), ('gpu', 'H100'), ('tpu', 'TPU')])
 def test_a_chip_that_is_not_there_is_one_sentence_before_anything_runs(body, chip):
   with pytest.raises(
     BadInput, match=f"^model.moe.implementation='{body}': .* needs .*{chip}.* not cpu"
   ):
-    assemble(settings(body))
+    assemble(settings(body, **{'model.moe.dispatch': 'sorted'}))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,7 @@ def test_widths_that_a_body_does_not_take_are_refused_while_they_are_traced(monk
   [
     ({'model.moe.dispatch': 'einsum'}, "must be 'auto' with model.moe.dispatch='einsum'"),
     ({'model.moe.kind': 'peer'}, "must be 'auto' with model.moe.kind='peer'"),
+    ({'model.moe.implementation': 'ampere'}, "or 'reference' unless model.moe.dispatch='sorted'"),
     (
       {'model.moe.router': {'name': 'soft'}, 'allow_leak': True},
       "router 'soft', whose slots are batched matmuls: accepted is 'auto'",
