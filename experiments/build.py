@@ -67,10 +67,8 @@ def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> 
   check_routing(settings)
   check_compiler(settings.compiler)
   mesh = build_mesh(settings)
-  if settings.model.moe_layers:
-    make_exchange(
-      settings, mesh
-    )  # what it refuses needs no data, which may take minutes to be prepared
+  if settings.model.moe_layers:  # before data, which may take minutes to be prepared
+    make_exchange(settings, mesh)
     check_devices(settings, mesh.devices.flat)
   share = batch_share(mesh)
   train_stream = open_stream(settings, train=True, share=share)
