@@ -10,9 +10,11 @@ and a restore compares all of it. A checkpoint that fails is renamed to <step>.c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -32,6 +34,13 @@ from experiments.errors import BadInput, DataError, StorageError
 # the status codes by which TensorStore tells what a file system did
 _STORAGE = re.compile(
   'RESOURCE_EXHAUSTED|OUT_OF_RANGE|PERMISSION_DENIED|NOT_FOUND|UNAVAILABLE|UNKNOWN|INTERNAL|DATA_LOSS|[Ee]rrno'
+)
+# a file that cannot be reached now is no broken one
+_UNREACHABLE = re.compile(
+  '|'.join(
+    ['UNAVAILABLE', 'DEADLINE_EXCEEDED']
+    + [os.strerror(code) for code in (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)]
+  )
 )
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -122,6 +131,7 @@ class Checkpoints:
     Raises:
       BadInput: the checkpoint holds other leaves, shapes or dtypes than `abstract_state`, or there is no `step`.
       DataError: nothing in the folder restores.
+      StorageError: the folder cannot be reached now, as a file server that does not answer; all stay as they are.
     """
     steps = self.steps() if step is None else [step]
     if step is not None and step not in self.steps():
@@ -181,6 +191,10 @@ class Checkpoints:
     except Exception as error:  # what a broken file makes Orbax raise is of any kind
       if 'RESOURCE_EXHAUSTED' in str(error):  # the device is full: no fault of the file
         raise
+      if _UNREACHABLE.search(str(error)):
+        raise StorageError(
+          f'checkpoint {self.folder}/{step} cannot be read now: {_first_line(error)}'
+        ) from error
       raise _Corrupt(
         f'{item} cannot be read: {type(error).__name__}: {_first_line(error)}'
       ) from error

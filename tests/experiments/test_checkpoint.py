@@ -1,6 +1,8 @@
 """Checkpoints restore to every bit, or are refused and set aside; nothing broken is ever taken for good."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -239,6 +241,26 @@ def test_when_nothing_restores_the_run_does_not_start_from_scratch(folder):
       checkpoints.restore(_abstract(_state(0)))
     assert error.value.exit_code == 16
   assert sorted(path.name for path in folder.iterdir()) == ['1.corrupt', '2.corrupt']
+
+
+@pytest.mark.parametrize(
+  'error',
+  [OSError(errno.ESTALE, os.strerror(errno.ESTALE)), ValueError('UNAVAILABLE: no answer')],
+  ids=['a stale handle', 'no server'],
+)
+def test_checkpoints_that_cannot_be_reached_now_are_not_called_corrupt(folder, monkeypatch, error):
+  """The next start goes on from the newest one."""
+
+  def fail(*_, **__):
+    raise error
+
+  with Checkpoints(folder) as checkpoints:
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoints._manager, 'restore', fail)
+      with pytest.raises(StorageError, match=f'checkpoint {folder}/2 cannot be read now: '):
+        checkpoints.restore(_abstract(_state(0)))
+    state, _ = checkpoints.restore(_abstract(_state(0)))
+    _assert_equal(state, _state(2))
 
 
 def test_a_reader_changes_nothing(folder, caplog):
