@@ -13,12 +13,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
 
 
-def _with_test_flags(flags: str, count: int) -> str:
+def with_test_flags(flags: str, count: int) -> str:
   """XLA's flags with `count` host devices and quick compiles, and whatever else the user has set.
 
   The suite compiles some thousand small programs: LLVM's optimisations would be a third of its time, and fused loops
   as much again; cutting each into parts for several threads another sixth. Programs that tests start as processes of
-  their own, and CI's training run, are compiled as users compile them.
+  their own, unless they ask for these flags, and CI's training run are compiled as users compile them.
   """
   ours = {'--xla_force_host_platform_device_count': count, '--xla_backend_optimization_level': 0}
   ours['--xla_cpu_parallel_codegen_split_count'] = 1
@@ -29,7 +29,7 @@ def _with_test_flags(flags: str, count: int) -> str:
 
 
 # JAX reads these when it is imported. JAX_PLATFORMS=cuda in the environment runs the tests on a GPU.
-os.environ['XLA_FLAGS'] = _with_test_flags(os.environ.get('XLA_FLAGS', ''), DEVICES)
+os.environ['XLA_FLAGS'] = with_test_flags(os.environ.get('XLA_FLAGS', ''), DEVICES)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import hypothesis  # noqa: E402

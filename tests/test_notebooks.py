@@ -4,7 +4,6 @@ import ast
 import copy
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -12,7 +11,8 @@ import sys
 import matplotlib.image
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT, with_test_flags
+
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
 SHORT = {'STEPS': 2, 'BATCH_SIZE': 2, 'DRAWS': 3}  # values of parameters while testing
 RUN = 'import runpy, sys\nfor file in sys.argv[1:]: runpy.run_path(file)'
@@ -68,8 +68,7 @@ def folder(tmp_path_factory):
     values = {**SHORT, 'WORKDIR': str(folder / path.stem)}
     files.append(folder / f'{path.stem}.py')
     files[-1].write_text(program(load(path), values), encoding='utf-8')
-  flags = '--xla_backend_optimization_level=0'  # as the tests themselves
-  settings = {'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags}
+  settings = {'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': with_test_flags('', 1)}
   done = subprocess.run(
     [sys.executable, '-c', RUN, *map(str, files)],
     cwd=ROOT / 'notebooks',  # where Jupyter starts

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,8 +18,8 @@ from experiments import distributed
 from experiments.checkpoint import Checkpoints
 from experiments.errors import BadInput
 from experiments.log import read_lines
+from tests.conftest import ROOT, with_test_flags
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240  # for what takes ten on a free machine
 SMALL = [
   '--config=configs/tiny.py',
@@ -58,7 +57,10 @@ class Run:
     log = self.folder / f'log{len(self.processes)}'
     environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
+      'XLA_FLAGS': with_test_flags('', devices),
+      'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,  # as the tests themselves
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
       **variables,
     }
     command = [sys.executable, '-m', 'experiments.train', *SMALL, *arguments]
