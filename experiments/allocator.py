@@ -14,7 +14,10 @@ from pathlib import Path
 
 # malloc.h: parameters of mallopt
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-_MOST = 2**31 - 1  # bytes that are free before any are returned, and reserved as the heap grows
+_MOST = 2**31 - 1  # bytes reserved as the heap grows
+_NEVER = (
+  -1
+)  # returned, however many are free: a step's buffer may be larger than any number that fits
 _HUGE_PAGES = 14  # mman.h: an advice of madvise
 _ONE_MORE = 2**22  # bytes that do not fit a heap that has hardly been used
 
@@ -29,7 +32,7 @@ def keep_freed_memory() -> bool:
   """
   if platform.libc_ver()[0] != 'glibc' or _expects_accelerator():
     return False
-  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _MOST), (_TOP_PAD, _MOST))
+  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _MOST))
   libc = ctypes.CDLL(None)
   done = all(libc.mallopt(parameter, value) for parameter, value in settings)
   return done and _advise_huge_pages(libc)

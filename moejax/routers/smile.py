@@ -7,13 +7,14 @@ gate of Shazeer et al. 2017, appendix B.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.arrays import Context, Scores
-from moejax.routers.affinity import TokenAffinity
+from moejax.routers.affinity import softmax
 from moejax.routers.router import Flags, Router
 from moejax.routers.top_k import TopKAssign
 from moejax.routers.weighting import raw
@@ -21,46 +22,52 @@ from moejax.transformer.linear import product
 
 
 class BilevelScorer(nnx.Module):
-  """`logits[i m + j] = (x W1)_i + (x W2)_j` of n nodes with m experts each: the softmax over all is the product of
-  the softmax over nodes and that over the experts of a node.
+  """`x W1` of n nodes, and beside it `x W2` of the m experts of a node.
 
   Args:
     d_model: D.
-    nodes: n.
-    members: m.
+    outputs: n + m.
     rngs: source of W1 and W2, the columns of one kernel `[D, n + m]`, truncated normal with variance 1 / D.
   """
 
-  def __init__(self, d_model: int, nodes: int, members: int, *, rngs: nnx.Rngs):
+  def __init__(self, d_model: int, outputs: int, *, rngs: nnx.Rngs):
     init = nnx.initializers.truncated_normal(d_model**-0.5)
-    self.kernel = nnx.Param(init(rngs.params(), (d_model, nodes + members), jnp.float32))
-    self.nodes = nodes
+    self.kernel = nnx.Param(init(rngs.params(), (d_model, outputs), jnp.float32))
 
   def __call__(
     self, x_bsd: Float[Array, 'B S D'], context: Context
-  ) -> tuple[Float[Array, 'B S E'], None]:
-    """Logits of all experts, those of a node side by side."""
-    both = product(x_bsd, self.kernel[...].astype(x_bsd.dtype))
-    node_bsg, member_bse = both[..., : self.nodes], both[..., self.nodes :]
-    members = member_bse.shape[-1]
-    return jnp.repeat(node_bsg, members, -1) + jnp.tile(member_bse, self.nodes), None
+  ) -> tuple[Float[Array, 'B S O'], None]:
+    """The n logits of the nodes, then the m of the places in any of them."""
+    return product(x_bsd, self.kernel[...].astype(x_bsd.dtype)), None
 
 
 @dataclasses.dataclass(frozen=True)
-class ClusterAffinity:
-  """Softmax over all experts, which stand in clusters.
+class BilevelAffinity:
+  """Expert `i m + j` has the logit `(x W1)_i + (x W2)_j`: the softmax over all is the product of that over the nodes
+  and that over the experts of a node, so that there are n + m exponentials a token and not n m.
 
   Attributes:
-    clusters: how many.
+    nodes: n.
   """
 
-  clusters: int
+  nodes: int
 
   def __call__(
-    self, logits_bse: Array, std: Array | None, bias_e: Array | None, context: Context
+    self, logits_bso: Array, std: Array | None, bias_e: Array | None, context: Context
   ) -> Scores:
-    scores = TokenAffinity('softmax', 1)(logits_bse, std, bias_e, context)
-    return dataclasses.replace(scores, clusters=self.clusters)
+    levels = logits_bso[..., : self.nodes], logits_bso[..., self.nodes :]
+    (node_bsg, node_bs), (member_bsc, member_bs) = map(softmax, levels)
+    logits_bse = _pairs(jnp.add, *levels)
+    probs_bse = _pairs(jnp.multiply, node_bsg, member_bsc)
+    partition_bs = node_bs + member_bs
+    same = (logits_bse, logits_bse, probs_bse, probs_bse)
+    return Scores(*same, partition=partition_bs, clusters=self.nodes)
+
+
+def _pairs(combine: Callable[[Array, Array], Array], node: Array, member: Array) -> Array:
+  """`[..., n], [..., m] -> [..., n m]`, the experts of a node side by side."""
+  both = combine(node[..., :, None], member[..., None, :])
+  return both.reshape(*node.shape[:-1], -1)
 
 
 def smile(*, d_model: int, num_experts: int, rngs: nnx.Rngs, nodes: int = 2) -> Router:
@@ -82,8 +89,8 @@ def smile(*, d_model: int, num_experts: int, rngs: nnx.Rngs, nodes: int = 2) -> 
   if nodes < 1 or num_experts % nodes:
     raise ValueError(f'nodes={nodes} does not divide num_experts={num_experts}')
   return Router(
-    BilevelScorer(d_model, nodes, num_experts // nodes, rngs=rngs),
-    ClusterAffinity(nodes),
+    BilevelScorer(d_model, nodes + num_experts // nodes, rngs=rngs),
+    BilevelAffinity(nodes),
     TopKAssign(1, raw),
     num_experts=num_experts,
     flags=Flags(prefix_safe_train=True, prefix_safe_eval=True, batch_free=True),

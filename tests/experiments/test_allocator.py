@@ -38,6 +38,30 @@ maps = re.split(r'\\n(?=[0-9a-f]+-)', Path('/proc/self/smaps').read_text())
 (heap,) = (one for one in maps if '[heap]' in one and ' hg' in one)
 print(int(re.search(r'Size: +(\\d+) kB', heap)[1]))
 """
+LARGE = """
+import ctypes, resource
+from experiments.allocator import keep_freed_memory
+
+assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+size = 2**31 + 2**28
+
+
+def step():
+  buffer = libc.malloc(size)
+  libc.memset(buffer, 1, size)
+  libc.free(buffer)
+
+
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+before = faults()
+step()
+print(faults() - before)
+"""
 needs_glibc = pytest.mark.skipif(
   platform.libc_ver()[0] != 'glibc', reason='glibc alone has mallopt'
 )
@@ -56,6 +80,13 @@ def page_faults(how: str, **environment: str) -> int:
 def test_a_step_takes_the_pages_of_the_step_before():
   assert page_faults('leave') > 5 * 16_000  # pages of 4 KiB
   assert page_faults('keep') < 500
+
+
+@needs_glibc
+def test_more_than_two_gigabytes_stay_too():
+  done = subprocess.run([sys.executable, '-c', LARGE], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert int(done.stdout) < 500
 
 
 @needs_glibc

@@ -9,19 +9,19 @@ from flax import nnx
 from moejax import Context, make_router
 from moejax.moe import losses
 from moejax.moe.stats import routing_stats
-from moejax.routers.smile import BilevelScorer
 from tests.routers.table import D, make, tokens
 
 
 def test_bilevel_probabilities_are_products_and_the_joint_choice_is_the_two_choices():
-  scorer, x = BilevelScorer(D, 3, 2, rngs=nnx.Rngs(0)), tokens()
-  logits, _ = scorer(x, Context())
-  both = x @ scorer.kernel[...]
+  router, x = make('smile', 6, nodes=3), tokens()
+  scores = router.scores(x, Context())
+  both = x @ router.scorer.kernel[...]
   node, member = jax.nn.softmax(both[..., :3], -1), jax.nn.softmax(both[..., 3:], -1)
   want = (node[..., :, None] * member[..., None, :]).reshape(2, 6, 6)
-  probs = jax.nn.softmax(logits, -1)
-  np.testing.assert_allclose(probs, want, rtol=1e-5)
-  plan = make('smile', 6, nodes=3)(x)
+  np.testing.assert_allclose(scores.probs, want, rtol=1e-5)
+  np.testing.assert_allclose(jax.nn.softmax(scores.logits, -1), want, rtol=1e-5)
+  np.testing.assert_allclose(scores.partition, jax.nn.logsumexp(scores.logits, -1), rtol=1e-5)
+  plan = router(x)
   choice = plan.expert.reshape(2, 6)
   np.testing.assert_array_equal(choice, node.argmax(-1) * 2 + member.argmax(-1))
   np.testing.assert_allclose(plan.weight.reshape(2, 6), node.max(-1) * member.max(-1), rtol=1e-5)
