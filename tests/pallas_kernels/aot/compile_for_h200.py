@@ -89,13 +89,12 @@ def layer_without_gather():
   return run, (half(tokens, width), *rows, up, up, half(experts, hidden, width))
 
 
-def quantised(kind, dtype, rows, *, experts=64, width_out=1024, gather=True):
+def quantised(kind, dtype, rows, *, experts=64, width_in=2048, width_out=1024, gather=True):
   """quantised_matmul with `rows` rows a group."""
 
   def run(lhs, values, scale, starts):
     return quantised_body.forward(lhs, values, scale, starts, gather=gather)
 
-  width_in = 2048
   weights = struct(experts, width_in, width_out, dtype=kind)
   scale = struct(experts, 1, width_out, dtype=jnp.float32)
   starts = struct(experts + 1, dtype=jnp.int32)
@@ -117,6 +116,16 @@ PROGRAMS = {
     jnp.int8, jnp.float16, 4, experts=8, width_out=384, gather=False
   ),
 }
+
+
+def emulated(name):
+  """quantised_matmul, small enough to run on a CPU instruction by instruction (test_gpu_emulated.py).
+
+  `name`: type of the weights, type of the rows, columns, and rows a group, with '-' between.
+  """
+  kind, dtype, columns, rows = name.split('-')
+  options = dict(experts=3, width_in=128, width_out=int(columns), gather=False)
+  return quantised(jnp.dtype(kind), jnp.dtype(dtype), int(rows), **options)
 
 
 def facts(folder):
@@ -146,7 +155,9 @@ def facts(folder):
     }
 
 
-def main(folder):
+def main(folder, *names):
+  """Compiles PROGRAMS, or those of `names` that `emulated` knows."""
+  programs = {name: lambda name=name: emulated(name) for name in names} or PROGRAMS
   os.environ['MOSAIC_GPU_DUMP_TO'] = folder
   for what in ('PTX', 'PTXAS', 'MLIR_PASSES'):
     os.environ[f'MOSAIC_GPU_DUMP_{what}'] = '1'
@@ -157,7 +168,7 @@ def main(folder):
   topology = topologies.get_topology_desc(**described)
   mesh = Mesh(np.array(topology.devices[:1]), ('x',))
   sharding = NamedSharding(mesh, PartitionSpec())
-  for name, make in PROGRAMS.items():
+  for name, make in programs.items():
     scratch = pathlib.Path(folder, name.replace(' ', '_'))
     scratch.mkdir()
     os.environ['MOSAIC_GPU_DUMP_TO'] = str(scratch)
