@@ -15,7 +15,8 @@ from pathlib import Path
 # malloc.h: parameters of mallopt
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _MOST = 2**31 - 1  # bytes reserved as the heap grows
-_NEVER = -1  # returned, however many are free: a step's buffer may be larger than any number that fits
+# Freed bytes are never returned: a step's buffer may be larger than any number that fits.
+_NEVER = -1
 _HUGE_PAGES = 14  # mman.h: an advice of madvise
 _ONE_MORE = 2**22  # bytes that do not fit a heap that has hardly been used
 
