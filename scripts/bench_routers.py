@@ -34,6 +34,7 @@ from moejax.transformer.ffn import FFN
 from scripts.conditions import conditions
 
 LENGTH, WIDTH, HIDDEN = 1024, 256, 512
+VOCABULARY = 4096  # more ids than experts, which some routers hash or mask by them
 MANY, FEW = 262_144, 131_072
 """Rows of all experts; a router with k choices sees k times fewer tokens."""
 EXPERTS = (8, 64, 512)
@@ -56,7 +57,7 @@ ROUTERS = {
   'sinkhorn_expert_choice': {'capacity_factor': 8.0},
   'base': {'group': 'sequence'},
   'hash': ONE,
-  'mask_moe': {'k': 8, 'visible': 8, 'vocab_size': 256},
+  'mask_moe': {'k': 8, 'visible': 8, 'vocab_size': VOCABULARY},
   'thor': ONE,
   'smoe_dropout': {'k_min': 8, 'k_max': 8},
   'ewa': ONE,
@@ -97,10 +98,10 @@ def tokens_of(name: str, layer: MoE) -> int:
 def inputs(tokens: int, width: int) -> tuple[jax.Array, Context]:
   """Tokens `[B, S, D]`, and all that a router may look at."""
   x = jax.random.normal(jax.random.key(1), (tokens // LENGTH, LENGTH, width))
-  ids = jax.random.randint(jax.random.key(2), x.shape[:2], 0, 256)
+  ids = jax.random.randint(jax.random.key(2), x.shape[:2], 0, VOCABULARY)
   first = ids[:, 0]
   positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), x.shape[:2])
-  side = {'task': first % 2, 'time': first / 256, 'domain': x[:, 0, :16]}
+  side = {'task': first % 2, 'time': first / VOCABULARY, 'domain': x[:, 0, :16]}
   context = Context(
     token_ids=ids,
     positions=positions,
