@@ -9,6 +9,7 @@ from typing import NamedTuple
 ALL = ('bfloat16', 'float16', 'float32', 'float64')
 TPU = ('bfloat16', 'float32')
 GPU = ('bfloat16', 'float16')
+ROUTED = ('bfloat16', 'float16', 'float32')
 
 PROOFS = {
   'tested': 'run on its platform by the tests, in value and (but for weights of eight bits) gradient, on every case',
@@ -69,7 +70,8 @@ TABLE = {
   'routing': {
     'blocks': Status(ALL, ('tested', 'measured')),
     'cpu': Status(ALL, ('tested', 'measured')),
-    'tpu': Status(('bfloat16', 'float16', 'float32'), ('interpreted', 'compiled')),
+    'gpu': Status(ROUTED, ('interpreted', 'compiled')),
+    'tpu': Status(ROUTED, ('interpreted', 'compiled')),
   },
 }
 DOES = {

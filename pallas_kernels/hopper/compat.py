@@ -7,8 +7,8 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Whether the interpreter knows transposed operands of wgmma; they came with its public name.
-INTERPRETER_TRANSPOSES = hasattr(plgpu, 'InterpretGPUParams')
+# Whether the interpreter knows transposed operands of wgmma, and layouts of registers: both came with its public name.
+INTERPRETER_TRANSPOSES = INTERPRETER_PLACES = hasattr(plgpu, 'InterpretGPUParams')
 
 
 def _private(name: str) -> Any:
@@ -16,15 +16,15 @@ def _private(name: str) -> Any:
   return importlib.import_module(f'jax._src.pallas.mosaic_gpu.interpret.{name}')
 
 
-def kernel(body, *, out_type, scratch, grid, name, approximate):
-  """`plgpu.kernel` with three warpgroups on axis 'wg' and `grid` blocks on axis 'sm'."""
+def kernel(body, *, out_type, scratch, grid, name, approximate, warpgroups=3):
+  """`plgpu.kernel` with `warpgroups` on axis 'wg' and `grid` blocks on axis 'sm'."""
   return plgpu.kernel(
     body,
     out_type=out_type,
     scratch_types=scratch,
     grid=(grid,),
     grid_names=('sm',),
-    num_threads=3,
+    num_threads=warpgroups,
     thread_name='wg',
     kernel_name=name,
     compiler_params=plgpu.CompilerParams(
@@ -55,4 +55,4 @@ def interpreter():
     state.reset_gpu_interpret_mode_state()
 
 
-__all__ = ['INTERPRETER_TRANSPOSES', 'interpreter', 'kernel', 'pl', 'plgpu']
+__all__ = ['INTERPRETER_PLACES', 'INTERPRETER_TRANSPOSES', 'interpreter', 'kernel', 'pl', 'plgpu']

@@ -17,11 +17,13 @@ class Target(NamedTuple):
     gather: how rows at given indices come to shared memory: 'cp_async' on hardware; 'row_tma', a bulk copy a row,
       where inline machine instructions cannot be simulated.
     transposes: whether wgmma reads a transposed operand where it lies; the interpreter of jax 0.10.2 cannot.
+    places: whether a kernel may say where values lie in registers; that interpreter knows no such places.
   """
 
   blocks: int
   gather: Literal['cp_async', 'row_tma']
   transposes: bool = True
+  places: bool = True
 
   @property
   def inline(self) -> bool:
@@ -46,7 +48,8 @@ def simulated(blocks: int = 2):
   """
   from . import compat
 
-  token = _TARGET.set(Target(blocks, 'row_tma', transposes=compat.INTERPRETER_TRANSPOSES))
+  known = dict(transposes=compat.INTERPRETER_TRANSPOSES, places=compat.INTERPRETER_PLACES)
+  token = _TARGET.set(Target(blocks, 'row_tma', **known))
   try:
     with chips.simulated(), compat.interpreter():
       yield

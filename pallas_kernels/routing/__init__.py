@@ -11,7 +11,7 @@ from .. import registry
 from ..packed import iota, take
 from . import reference
 
-NAMES = ('blocks', 'cpu', 'reference', 'tpu')
+NAMES = ('blocks', 'cpu', 'gpu', 'reference', 'tpu')
 
 
 class Packing(NamedTuple):
@@ -58,7 +58,8 @@ def top_k(
 
   Raises:
     ValueError: an unknown implementation, or not 1 <= k <= E.
-    Unsupported: a type narrower than 16 bits or no floating type; for 'tpu' float64, or more than 1024 experts.
+    Unsupported: a type narrower than 16 bits or no floating type; for 'tpu' float64, or more than 1024 experts;
+      for 'gpu' float64, no tokens, or more than 256 experts.
   """
   registry.check_name('top_k', implementation, NAMES)
   registry.check_dtypes('top_k', logits=logits)
@@ -101,7 +102,8 @@ def pack(
 
   Raises:
     ValueError: an unknown implementation.
-    Unsupported: for 'tpu' more than 2^24 rows (counts are exact in float32) or 1024 experts.
+    Unsupported: for 'tpu' more than 2^24 rows (counts are exact in float32) or 1024 experts; for 'gpu' no rows or more
+      than 1024 experts.
   """
   registry.check_name('pack', implementation, NAMES)
   if implementation == 'reference':

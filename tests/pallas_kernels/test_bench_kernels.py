@@ -41,7 +41,9 @@ def test_a_race_reports_each_body_and_why_others_do_not_take_part(bench, tmp_pat
     bench.main(['--shapes', 'small', '--only', 'pack', '--rounds', '2', '--out', str(out)]) == 0
   )
   rows = {row['implementation']: row for row in json.loads(out.read_text())['rows']}
-  assert rows.keys() == {'blocks', 'cpu', 'tpu'} and rows['tpu']['refused'] == 'needs a TPU'
+  assert rows.keys() == {'blocks', 'cpu', 'gpu', 'tpu'}
+  refused = {name: row['refused'] for name, row in rows.items() if 'refused' in row}
+  assert refused == {'gpu': 'needs a GPU', 'tpu': 'needs a TPU'}
   out = capsys.readouterr().out
   assert rows['cpu']['milliseconds'] > 0 and 'does not take part' in out
   assert out.splitlines()[-1] == 'expert_ffn was not timed here: nothing to set'

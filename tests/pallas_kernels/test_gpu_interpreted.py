@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import packed
+from pallas_kernels import lay_out, pack, packed, top_k
 from pallas_kernels.expert_ffn import cases as ffn_cases
 from pallas_kernels.expert_ffn import gpu as ffn_gpu
 from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.grouped_matmul.cases import CASES, Case
 from pallas_kernels.hopper import store, target
+from pallas_kernels.routing.cases import PACK_CASES, TOP_K_CASES, PackCase, TopKCase
 from tests.pallas_kernels import products
 from tests.pallas_kernels.products import distance
 
@@ -56,6 +57,16 @@ def routed(name, *sizes, choices=2):
   return ffn_cases.Case(name, 128 // choices, choices, experts, ffn_cases._sizes(*sizes))
 
 
+# Of routing, ties, all experts, infinities and NaNs; dropped rows, one row, more experts than are counted at a time.
+ROUTED = (
+  TOP_K_CASES[1],
+  TOP_K_CASES[5],
+  TOP_K_CASES[-1],
+  PACK_CASES[1],
+  PACK_CASES[6],
+  PACK_CASES[8],
+)
+
 SMALL_LAYERS = (  # and activation, whether gated
   (routed('uneven, some dropped', 65, 0, 40, 23), 'silu', True),
   (routed('one choice', 0, 60, 0, 68, choices=1), 'gelu', False),
@@ -77,6 +88,9 @@ def test_each_case_of_the_tables_has_a_smaller_one():
 
 def pytest_generate_tests(metafunc):
   full = metafunc.config.getoption('--full-matrix')
+  if 'routed_case' in metafunc.fixturenames:
+    table = (*TOP_K_CASES, *PACK_CASES) if full else ROUTED
+    metafunc.parametrize('routed_case', table, ids=lambda case: case.name)
   if 'small' in metafunc.fixturenames:
     options = ({}, TRANSPOSED)
     table = [
@@ -89,6 +103,54 @@ def pytest_generate_tests(metafunc):
     table = [(case, 'silu', True) for case in ffn_cases.CASES if case.num_choices]
     names = lambda layer: layer[0].name
     metafunc.parametrize('layer', [*SMALL_LAYERS, *(table if full else [])], ids=names)
+
+
+def choices(case: TopKCase):
+  """What the kernel finds and what it should: the gradient is that of the chosen, by autodiff."""
+  logits = jnp.asarray(case.logits)
+  prob, expert = top_k(logits, case.k, implementation='reference')
+  cotangent = jnp.cos(jnp.arange(expert.size, dtype=jnp.float32)).reshape(expert.shape)
+  chosen = lambda x: jnp.take_along_axis(jax.nn.softmax(x, axis=1), expert, axis=1)
+  (gradient,) = jax.vjp(chosen, logits)[1](cotangent)
+
+  @jax.jit
+  def run(logits):
+    best = lambda x: top_k(x, case.k, implementation='gpu')
+    prob, pull, expert = jax.vjp(best, logits, has_aux=True)
+    return {'prob': prob, 'expert': expert, 'gradient': pull(cotangent)[0]}
+
+  with target.simulated():
+    found = jax.tree.map(np.asarray, run(logits))
+  return found, {'prob': prob, 'expert': expert, 'gradient': gradient}
+
+
+def packing(case: PackCase):
+  """What the kernel finds and what it should, and so the layout in tiles of 8 rows."""
+  rows, experts = jnp.asarray(case.expert, jnp.int32), case.num_experts
+
+  def run(rows, name):
+    packed_rows = pack(rows, experts, implementation=name)
+    layout = lay_out(rows, experts, 8, implementation=name)
+    return dict(packed_rows._asdict(), **{f'layout {k}': x for k, x in layout._asdict().items()})
+
+  with target.simulated():
+    found = jax.tree.map(np.asarray, jax.jit(functools.partial(run, name='gpu'))(rows))
+  return found, run(rows, 'reference')
+
+
+def test_routing_is_right_in_value_and_gradient(routed_case):
+  """A NaN is seen, in value and gradient, and in its token only."""
+  route = choices if isinstance(routed_case, TopKCase) else packing
+  found, wanted = route(routed_case)
+  assert set(found) == set(wanted)
+  for name, value in found.items():
+    assert value.dtype == wanted[name].dtype, name
+    if name == 'gradient':
+      np.testing.assert_allclose(value, wanted[name], atol=1e-6)
+    elif name == 'prob':
+      np.testing.assert_allclose(value, wanted[name], rtol=1e-6)
+    else:
+      np.testing.assert_array_equal(value, wanted[name], err_msg=name)
 
 
 def matmul(inputs, *, transpose_rhs=False, gather=True):

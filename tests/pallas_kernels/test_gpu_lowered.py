@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import expert_ffn, grouped_matmul
+from pallas_kernels import expert_ffn, grouped_matmul, pack, top_k
 
 UNASKED = """
 import sys, jax.numpy as jnp
@@ -51,3 +51,24 @@ def test_tokens_sharded_over_a_mesh_lower_to_kernels_in_value_and_gradient(make_
   text = traced.lower(lowering_platforms=('cuda',)).as_text()
   # Up, down, dH, dX and the gradients of the weights; a grouped matmul, its dlhs and drhs.
   assert text.count('custom_call @mosaic_gpu') == 9
+
+
+def test_routing_of_a_sharded_batch_lowers_to_its_two_kernels(make_mesh):
+  """Tokens and rows of each device by themselves, in value and gradient, under check_vma=True."""
+
+  def route(logits):
+    prob, expert = top_k(logits, 2, implementation='gpu')
+    order, position, _ = pack(expert.reshape(-1), 6, implementation='gpu')
+    return prob, order + position
+
+  specs = dict(mesh=make_mesh(data=4), in_specs=P('data'), out_specs=P('data'))
+  sharded = jax.shard_map(route, **specs)
+
+  def loss(logits):
+    prob, rows = sharded(logits)
+    return prob.sum(), rows
+
+  logits = jax.ShapeDtypeStruct((40, 6), jnp.bfloat16)
+  traced = jax.jit(jax.grad(loss, has_aux=True)).trace(logits)
+  text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('custom_call @mosaic_gpu') == 2

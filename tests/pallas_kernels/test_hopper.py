@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Unsupported, grouped_matmul
+from pallas_kernels import Unsupported, grouped_matmul, pack, top_k
 from pallas_kernels.activations import ACTIVATIONS
 from pallas_kernels.hopper import layout, tiles
 from pallas_kernels.hopper.activations import SLOPES
@@ -86,3 +86,11 @@ def test_what_the_body_cannot_do_is_refused_with_the_shapes():
     ask(jnp.ones((4, 128), narrow), jnp.ones((2, 128, 128), jnp.float16))
   with pytest.raises(Unsupported, match=r'multiples of 128, rhs.shape\[2\]=96'):
     ask(jnp.ones((4, 128), narrow), jnp.ones((2, 128, 96), narrow))
+
+
+def test_routing_of_more_experts_than_registers_or_counts_hold_is_refused():
+  logits, rows = jnp.ones((4, 257)), jnp.zeros(4, jnp.int32)
+  with pytest.raises(Unsupported, match=r'top_k on GPU: logits are float32 \(4, 257\)'):
+    jax.eval_shape(lambda logits: top_k(logits, 2, implementation='gpu'), logits)
+  with pytest.raises(Unsupported, match='pack on GPU: 4 rows of 1025 experts'):
+    jax.eval_shape(lambda rows: pack(rows, 1025, implementation='gpu'), rows)

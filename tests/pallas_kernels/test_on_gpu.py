@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul, quantise, quantised_matmul
+from pallas_kernels import grouped_matmul, pack, quantise, quantised_matmul, top_k
 from pallas_kernels.expert_ffn.cases import CASES as FFN_CASES
 from pallas_kernels.grouped_matmul.cases import CASES
+from pallas_kernels.routing.cases import PACK_CASES, TOP_K_CASES
 from tests.pallas_kernels import products
 from tests.pallas_kernels.products import distance
 
@@ -84,3 +85,19 @@ def test_a_second_run_gives_the_same_bits():
   once, again = (products.ffn(arrays, 'gpu') for _ in range(2))
   for name in once:
     np.testing.assert_array_equal(once[name], again[name])
+
+
+@pytest.mark.parametrize('case', TOP_K_CASES, ids=lambda case: case.name)
+def test_top_k(case):
+  wanted_prob, wanted = top_k(jnp.asarray(case.logits), case.k, implementation='reference')
+  prob, expert = top_k(jnp.asarray(case.logits), case.k, implementation='gpu')
+  np.testing.assert_array_equal(expert, wanted)
+  np.testing.assert_allclose(prob, wanted_prob, rtol=1e-6)
+
+
+@pytest.mark.parametrize('case', PACK_CASES, ids=lambda case: case.name)
+def test_pack(case):
+  rows = jnp.asarray(case.expert, jnp.int32)
+  wanted = pack(rows, case.num_experts, implementation='reference')
+  for one, other in zip(pack(rows, case.num_experts, implementation='gpu'), wanted, strict=True):
+    np.testing.assert_array_equal(one, other)

@@ -22,6 +22,7 @@ from pallas_kernels import expert_ffn, packed
 from pallas_kernels.expert_ffn import gpu as ffn_body
 from pallas_kernels.grouped_matmul import gpu as matmul_body
 from pallas_kernels.quantised_matmul import gpu as quantised_body
+from pallas_kernels.routing import gpu as routing_body
 
 HERE = pathlib.Path(__file__).parent
 NARROW = jnp.bfloat16
@@ -101,6 +102,17 @@ def quantised(kind, dtype, rows, *, experts=64, width_in=2048, width_out=1024, g
   return run, (struct(rows * experts, width_in, dtype=dtype), weights, scale, starts)
 
 
+def routing(tokens, experts, choices, packed_among):
+  """Choices of tokens, and rows packed among another number of experts."""
+
+  def run(logits, expert):
+    best = routing_body.top_k(logits, k=choices)
+    return best, routing_body.pack(expert, num_experts=packed_among)
+
+  logits = struct(tokens, experts, dtype=jnp.float32)
+  return run, (logits, struct(tokens * choices, dtype=jnp.int32))
+
+
 PROGRAMS = {
   'matmul gathered': lambda: matmul(gather=True, transpose_rhs=False),
   'matmul contiguous': lambda: matmul(gather=False, transpose_rhs=True),
@@ -115,6 +127,8 @@ PROGRAMS = {
   'quantised contiguous': lambda: quantised(
     jnp.int8, jnp.float16, 4, experts=8, width_out=384, gather=False
   ),
+  'routing fine': lambda: routing(24576, 128, 8, 128),
+  'routing most': lambda: routing(1000, routing_body.MOST_TOP_K, 256, routing_body.MOST_PACKED),
 }
 
 
