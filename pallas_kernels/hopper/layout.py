@@ -66,8 +66,11 @@ def lay_out(starts: Array, num_rows: int, tile: int) -> Layout:
 
 
 def _interval(ends: Array, values: Array) -> Array:
-  """Index of the half-open interval that each value lies in, given the intervals' ends."""
-  return jnp.searchsorted(ends, values, side='right').astype(jnp.int32)
+  """Index of the half-open interval that each value lies in, given the intervals' ends.
+
+  Every value meets every end in one fusion: a bisection is a loop of launches that a decoding step would wait for.
+  """
+  return jnp.searchsorted(ends, values, side='right', method='compare_all').astype(jnp.int32)
 
 
 def spread(x: Array, index: Array) -> Array:

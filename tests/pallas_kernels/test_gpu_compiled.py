@@ -125,6 +125,13 @@ def test_gathered_rows_come_in_pieces_of_16_bytes_and_the_others_by_bulk_copies(
       assert not row['gathers'] and not row['waits'], (program, name)
 
 
+def test_where_rows_lie_is_found_without_a_loop_of_launches(kernels):
+  """A step of few rows would wait for it longer than for its products."""
+  for (program, name), row in kernels.items():
+    if name in ('grouped_matmul', 'quantised_matmul'):
+      assert row['loops'] == 0, program
+
+
 @pytest.mark.parametrize(
   ('program', 'rows'), [('8', 16), ('32', 64), ('64', 128), ('128', 128), ('contiguous', 8)]
 )

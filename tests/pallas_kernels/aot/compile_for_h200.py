@@ -188,9 +188,9 @@ def main(folder, *names):
     os.environ['MOSAIC_GPU_DUMP_TO'] = str(scratch)
     program, arguments = make()
     jitted = jax.jit(program, in_shardings=sharding, out_shardings=sharding)
-    jitted.lower(*arguments).compile()
+    loops = jitted.lower(*arguments).compile().as_text().count(' while(')
     for found in facts(scratch):
-      print(json.dumps({'program': name, **found}), flush=True)
+      print(json.dumps({'program': name, 'loops': loops, **found}), flush=True)
 
 
 if __name__ == '__main__':
