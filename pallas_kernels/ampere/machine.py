@@ -46,11 +46,25 @@ class Hardware:
 
     `inside`: (first, end) of the contracted positions to take; zeros stand for the others.
     """
-    return self._operand(ref, 'MMA_LHS', 1, turned, inside)
+    layout = plgpu.Layout.MMA_LHS(ref.dtype, m_warps=WARPS)
+    values = plgpu.load(ref.transpose((1, 0)) if turned else ref, layout=layout)
+    if inside is None:
+      return values
+    position = plgpu.broadcasted_iota(jnp.int32, values.shape, 1, layout=layout)
+    return _kept(values, position, inside)
 
-  def right(self, ref, *, turned: bool = False, inside=None):
-    """The same for the right operand."""
-    return self._operand(ref, 'MMA_RHS', 0, turned, inside)
+  def right(self, ref, *, turned: bool = False, inside=None, position=None):
+    """The same for the right operand.
+
+    `position`: `numbered`, in global memory. An iota of this layout counts both rows of a register as the first of
+    them (jax 0.11.2, 0.12.0).
+    """
+    layout = plgpu.Layout.MMA_RHS(ref.dtype, m_warps=WARPS)
+    values = plgpu.load(ref.transpose((1, 0)) if turned else ref, layout=layout)
+    if inside is None:
+      return values
+    number = plgpu.load(position.transpose((1, 0)), layout=layout, optimized=False)
+    return _kept(values, number, [edge.astype(ref.dtype) for edge in inside])
 
   def multiply(self, acc, left, right):
     """`acc + left @ right`."""
@@ -60,15 +74,6 @@ class Hardware:
     """A multiple of 16 rows in registers, 16 bytes of a row together."""
     layout = plgpu.Layout.SMEM_GMEM_COPY(ref.shape, ref.dtype, 128)
     return plgpu.load(ref, layout=layout, optimized=False)
-
-  def _operand(self, ref, kind, axis, turned, inside):
-    layout = getattr(plgpu.Layout, kind)(ref.dtype, m_warps=WARPS)
-    values = plgpu.load(ref.transpose((1, 0)) if turned else ref, layout=layout)
-    if inside is None:
-      return values
-    position = plgpu.broadcasted_iota(jnp.int32, values.shape, axis, layout=layout)
-    kept = (position >= inside[0]) & (position < inside[1])
-    return jnp.where(kept, values, plgpu.layout_cast(jnp.zeros_like(values), layout))
 
 
 class Simulation(Hardware):
@@ -93,13 +98,27 @@ class Simulation(Hardware):
   def rows(self, ref):
     return ref[...]
 
-  def _operand(self, ref, kind, axis, turned, inside):
+  def left(self, ref, *, turned=False, inside=None):
     values = ref[...].T if turned else ref[...]
     if inside is None:
       return values
-    position = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
-    kept = (position >= inside[0]) & (position < inside[1])
-    return jnp.where(kept, values, jnp.zeros_like(values))
+    return _kept(values, jax.lax.broadcasted_iota(jnp.int32, values.shape, 1), inside)
+
+  def right(self, ref, *, turned=False, inside=None, position=None):
+    values = ref[...].T if turned else ref[...]
+    if inside is None:
+      return values
+    return _kept(values, position[...].T, [edge.astype(ref.dtype) for edge in inside])
+
+
+def numbered(rows: int, columns: int, dtype):
+  """The number of each row of a matrix in all its columns, `[columns, rows]`; types of 16 bits hold up to 256."""
+  return jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (columns, rows)).astype(dtype)
+
+
+def _kept(values, position, inside):
+  kept = (position >= inside[0]) & (position < inside[1])
+  return jnp.where(kept, values, jnp.zeros_like(values))
 
 
 HARDWARE = Hardware()

@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ..compat import struct_like, vary_like
 from ..hopper.rows import raster
 from . import ring, store
-from .machine import Hardware
+from .machine import Hardware, numbered
 from .ring import Ring
 from .tiles import COLUMNS, DEPTH, cut, padded, window
 
@@ -76,7 +76,7 @@ def sums(machine: Hardware, left, right, starts, dtype):
   left, right = padded(left, DEPTH), padded(right, DEPTH)
   row_tiles, column_tiles = height // ROWS, width // COLUMNS
 
-  def body(starts, lefts, rights, out, *, left, right, chunk, landed=None):
+  def body(starts, position, lefts, rights, out, *, left, right, chunk, landed=None):
     block = jax.lax.axis_index('block')
     e = jax.lax.div(block, jnp.int32(row_tiles * column_tiles))
     rest = block - e * (row_tiles * column_tiles)
@@ -98,7 +98,8 @@ def sums(machine: Hardware, left, right, starts, dtype):
       # Rows of others are zero on both sides: a NaN of theirs, times zero, would be a NaN.
       kept = jnp.maximum(own, first) - rows_of(k), jnp.minimum(own + DEPTH, end) - rows_of(k)
       inside = kept if edge else None
-      a, b = machine.left(left, turned=True, inside=inside), machine.right(right, inside=inside)
+      a = machine.left(left, turned=True, inside=inside)
+      b = machine.right(right, inside=inside, position=position)
       return machine.multiply(acc, a, b)
 
     acc = machine.zeros((ROWS, COLUMNS), lefts.dtype)
@@ -107,7 +108,7 @@ def sums(machine: Hardware, left, right, starts, dtype):
 
   scratch = _scratch(machine, (DEPTH, ROWS), (DEPTH, COLUMNS), left.dtype, dtype)
   shape, blocks = (num_experts, height, width), num_experts * row_tiles * column_tiles
-  inputs = [starts, left, right]
+  inputs = [starts, numbered(DEPTH, COLUMNS, right.dtype), left, right]
   return _call('grouped_matmul_drhs', body, shape, dtype, scratch, blocks, inputs)
 
 
