@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,6 +102,7 @@ class MoE(nnx.Module):
     rngs: nnx.Rngs,
   ):
     _check_sizes(d_model, d_ff, num_experts, granularity, num_shared, shared_mix)
+    _check_functions(dispatch, exchange)
     losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
     check_losses(losses)
     num_experts, d_ff = num_experts * granularity, d_ff // granularity
@@ -144,7 +146,11 @@ class MoE(nnx.Module):
     Returns:
       The weighted outputs, zero for padding, and `Aux`.
     """
+    x = jnp.asarray(x)  # NumPy's have not what the dispatch needs
     x_bsd, context = as_batch(x, context)
+    d_model = self.experts.w_up.shape[-2]
+    if x.shape[-1] != d_model:
+      raise ValueError(f'x of shape {x.shape}: expected [..., S, D={d_model}]')
     if context.mask is not None:
       x_bsd = jnp.where(
         context.mask[..., None], x_bsd, 0
@@ -293,7 +299,7 @@ def _check_sizes(
     'granularity': granularity,
   }
   for key, value in sizes.items():
-    if value < 1:
+    if not isinstance(value, numbers.Integral) or value < 1:
       raise ValueError(f'{key}={value}: accepted are integers from 1')
   if num_shared < 0:
     raise ValueError(f'num_shared={num_shared}: accepted are integers from 0')
@@ -301,6 +307,15 @@ def _check_sizes(
     raise ValueError('shared_mix=True with num_shared=0: accepted are integers from 1')
   if d_ff % granularity:
     raise ValueError(f'granularity={granularity} does not divide d_ff={d_ff}')
+
+
+def _check_functions(dispatch: Any, exchange: Any) -> None:
+  for key, function, place in (
+    ('dispatch', dispatch, 'a function of moejax/moe/dispatch.py'),
+    ('exchange', exchange, 'what moejax.moe.exchange.make_exchange returns'),
+  ):
+    if not callable(function):
+      raise ValueError(f'{key}={function!r}: accepted is {place}')
 
 
 def _as_router(
@@ -315,6 +330,10 @@ def _as_router(
 
 
 def _make_router(router: str | Mapping[str, Any], granularity: int, **sizes) -> Router:
+  if not isinstance(router, str) and not (isinstance(router, Mapping) and 'name' in router):
+    raise ValueError(
+      f"router={router!r}: accepted are a short name, {{'name': ..., **options}} or a Router"
+    )
   options: dict[str, Any] = {'name': router} if isinstance(router, str) else dict(router)
   name = options.pop('name')
   counts = count_option(name)

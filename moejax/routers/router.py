@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from moejax.arrays import Assignment, Context, Scores, SoftPlan, full_precision, wide_dtype
@@ -147,16 +148,49 @@ class Router(nnx.Module):
     return self.route(x_bsd, context)[1]
 
 
+_KINDS = {
+  'mask': jnp.bool_,
+  'token_ids': jnp.integer,
+  'positions': jnp.integer,
+  'previous_ids': jnp.integer,
+  'task': jnp.integer,
+}
+_KIND_NAMES = {jnp.bool_: 'bool', jnp.integer: 'an integer type'}
+
+
+def _check_mesh(x: Array) -> None:
+  """Raises ValueError for x that is cut over an axis of explicit sharding: reshapes would have to name it."""
+  sharding = jax.typeof(x).sharding
+  kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+  used = [
+    axis for entry in sharding.spec for axis in (entry if isinstance(entry, tuple) else (entry,))
+  ]
+  explicit = [axis for axis in used if kinds.get(axis) == AxisType.Explicit]
+  if explicit:
+    raise ValueError(
+      f'x is cut over mesh axis {explicit[0]!r} of explicit sharding: accepted are axes of type AxisType.Auto, as '
+      'moejax.mesh.make.make_mesh makes them'
+    )
+
+
 def as_batch(x: Array, context: Context | None) -> tuple[Array, Context]:
   """`[..., S, D]` -> `[B, S, D]`, and the arrays of the context from `[..., S]` to `[B, S]`.
 
   Raises:
-    ValueError: x without a position axis, or an array of the context whose leading shape is not that of x.
+    ValueError: x that has no position axis, is of integers or is cut over an axis of explicit sharding; a context that
+      is none; an array of the context whose leading shape is not that of x, or of another type than it names.
   """
   if x.ndim < 2:
     raise ValueError(f'x of shape {x.shape}: expected [..., S, D]')
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f'x of dtype {x.dtype}: accepted are floating-point types')
+  _check_mesh(x)
   *lead, num_positions, width = x.shape
-  context = context or Context()
+  context = Context() if context is None else context
+  if not isinstance(context, Context):
+    raise ValueError(
+      f'context is a {type(context).__name__}: accepted is a moejax.Context, such as Context(mask=...)'
+    )
 
   def flat(name: str, over: int, rank: int | None = None):
     """Joins the axes of the batch; `over` is 1 where positions follow them, `rank` how many axes follow these."""
@@ -166,6 +200,9 @@ def as_batch(x: Array, context: Context | None) -> tuple[Array, Context]:
     expected = (*lead, num_positions)[: len(lead) + over]
     if value.shape[: len(expected)] != expected or rank not in (None, value.ndim - len(expected)):
       raise ValueError(f'context.{name} of shape {value.shape}: expected {expected}')
+    kind = _KINDS.get(name)
+    if kind is not None and not jnp.issubdtype(value.dtype, kind):
+      raise ValueError(f'context.{name} of dtype {value.dtype}: accepted is {_KIND_NAMES[kind]}')
     return value.reshape(-1, *value.shape[len(lead) :])
 
   fields = {name: flat(name, 1, 0) for name in ('mask', 'token_ids', 'positions', 'previous_ids')}

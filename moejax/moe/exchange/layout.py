@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -61,6 +61,18 @@ class Layout:
   def __post_init__(self):
     if not self.batch_axes or self.batch_axes[-1] != self.expert_axis:
       raise ValueError(f'batch_axes={self.batch_axes}: the last one must be {self.expert_axis!r}')
+    for axis in self.batch_axes:
+      if axis not in self.mesh.shape:
+        names = ', '.join(map(str, self.mesh.shape))
+        raise ValueError(
+          f'batch_axes={self.batch_axes}: the mesh has no axis {axis!r}, only {names}'
+        )
+    kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+    for axis, kind in kinds.items():
+      if kind == AxisType.Explicit:
+        raise ValueError(
+          f'mesh axis {axis!r} is of explicit sharding: accepted are axes of type AxisType.Auto'
+        )
     if self.tensor_axis in self.batch_axes:
       raise ValueError(
         f'batch_axes={self.batch_axes}: tokens are not sharded over {self.tensor_axis!r}'

@@ -1,0 +1,106 @@
+"""The layer used as it should not be: one sentence with name, value and what is accepted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax import Context, MoE
+from moejax.moe.exchange import make_exchange
+from moejax.routers.router import as_batch
+
+ROOT = Path(__file__).parents[2]
+X = np.ones((8, 4, 16), np.float32)
+MASK = np.ones((8, 4), np.int32)
+
+
+def layer(**options):
+  return MoE(16, 8, 4, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize(
+  ('x', 'context', 'sentence'),
+  [
+    (X.astype(np.int32), None, r'x of dtype int32: accepted are floating-point types'),
+    (X, Context(mask=MASK), r'context.mask of dtype int32: accepted is bool'),
+    (X, Context(token_ids=X[..., 0]), r'context.token_ids of dtype float32: accepted is an int'),
+  ],
+)
+def test_tokens_and_contexts_of_another_type_are_refused(x, context, sentence):
+  """Integers came back cut to integers; a mask of numbers failed in some routers alone."""
+  with pytest.raises(ValueError, match=sentence):
+    as_batch(jnp.asarray(x), context)
+
+
+def test_tokens_of_another_width_are_refused():
+  with pytest.raises(ValueError, match=r'x of shape \(8, 4, 15\): expected \[..., S, D=16\]'):
+    jax.eval_shape(layer(), jnp.zeros((8, 4, 15)))
+
+
+def test_a_router_without_a_name_is_refused():
+  with pytest.raises(ValueError, match=r"router=\{'k': 2\}: accepted are a short name"):
+    layer(router={'k': 2})
+
+
+# What the type checker of these tests would refuse first
+UNCHECKED = """
+import numpy as np
+from flax import nnx
+from moejax import MoE
+
+def layer(**options):
+  return MoE(16, 8, 4, rngs=nnx.Rngs(0), **options)
+
+x = np.ones((1, 2, 16))
+for wrong in (
+  lambda: layer(router=None),
+  lambda: layer(dispatch='fused'),
+  lambda: layer(exchange='local'),
+  lambda: layer(granularity=2.0),
+  lambda: layer()(x, {'train': True}),
+  lambda: layer()(x, x[..., 0]),
+):
+  try:
+    wrong()
+  except ValueError as error:
+    print(error)
+print(layer()(x.astype(np.float32))[0].shape)
+"""
+
+
+def test_what_is_no_value_of_its_kind_is_one_sentence_without_a_type_checker():
+  done = subprocess.run(
+    [sys.executable, '-c', UNCHECKED], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.stdout.splitlines() == [
+    "router=None: accepted are a short name, {'name': ..., **options} or a Router",
+    "dispatch='fused': accepted is a function of moejax/moe/dispatch.py",
+    "exchange='local': accepted is what moejax.moe.exchange.make_exchange returns",
+    'granularity=2.0: accepted are integers from 1',
+    'context is a dict: accepted is a moejax.Context, such as Context(mask=...)',
+    'context is a ndarray: accepted is a moejax.Context, such as Context(mask=...)',
+    '(1, 2, 16)',
+  ], done.stderr
+
+
+def test_meshes_that_an_exchange_cannot_use_are_refused():
+  mesh = jax.make_mesh((2, 4), ('data', 'expert'), axis_types=(AxisType.Auto,) * 2)
+  with pytest.raises(ValueError, match=r"the mesh has no axis 'fsdp', only data, expert"):
+    make_exchange('all_gather', mesh, ('data', 'fsdp', 'expert'))
+  explicit = jax.make_mesh((2, 4), ('data', 'expert'), axis_types=(AxisType.Explicit,) * 2)
+  with pytest.raises(ValueError, match=r"mesh axis 'data' is of explicit sharding"):
+    make_exchange('all_gather', explicit, ('data', 'expert'))
+
+
+def test_tokens_cut_over_an_explicit_axis_are_refused():
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Explicit,))
+  x = jax.device_put(jnp.asarray(X), NamedSharding(mesh, P('data')))
+  with pytest.raises(ValueError, match=r"x is cut over mesh axis 'data' of explicit sharding"):
+    as_batch(x, None)
