@@ -22,7 +22,7 @@ from experiments.planning import report
 from experiments.planning.chips import Topology, accepted, parse_topology
 from experiments.planning.compiled import LIVES, Comparison, compare, compile_step
 from experiments.planning.page import write_page
-from experiments.planning.search import own_layout, plan_of, search
+from experiments.planning.search import describe, own_layout, plan_of, search
 from experiments.planning.workload import Layout, Workload, workload
 from experiments.workdir import config_name
 
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     raise BadInput(
       '--kernels with --check is not accepted: what is compiled has the default bodies'
     )
+  if own['show-sharding'] and own['check']:
+    raise BadInput('--show-sharding with --check is not accepted: it prints and compiles nothing')
   work = workload(settings, topology.chip.kind, kernels=own['kernels'])
   name = config_name(workdir)
   print(report.heading(name, work, topology))
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
     plans = search(work, topology)
   best = plans[0]
   if own['show-sharding']:
-    print(report.sharding_lines(work, best.layout))
+    print(f'\n{describe(best.layout)}\n\n{report.sharding_lines(work, best.layout)}')
     return 0
   print(f'\n{report.ranked(plans[: own["top"]])}\n{len(plans)} layouts fit; a step takes')
   print('the longer of matmul and memory, and the network; at least the longest of the three.')

@@ -70,8 +70,14 @@ def test_lines_to_paste_hold_the_options_of_the_exchange(capsys, tmp_path, excha
   assert lines == [f'{moe}={exchange}', *(f'{moe}_options.{option}' for option in wanted)]
 
 
+def test_sharding_is_not_checked_and_says_so():
+  with pytest.raises(BadInput, match='--show-sharding with --check is not accepted'):
+    plan.main(['plan', f'--config={CONFIG}', '--topology=v5p:2x2x4', '--show-sharding', '--check'])
+
+
 def test_show_sharding_has_every_parameter_with_rule_and_bytes(capsys):
   out = run(capsys, '--topology=v5p:4x4x4', '--show-sharding')
+  assert ', microbatches=' in out  # bytes a device are those of a layout, which is named
   found = tensors(Settings.from_config(mixtral_8x7b.get_config()))
   lines = {
     line.split()[0]: line
