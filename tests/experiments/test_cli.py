@@ -199,8 +199,8 @@ def test_a_command_line_without_a_usable_config_is_refused(arguments, sentence):
     ),
     (
       '--config.lr=3',
-      'lr is not a setting: accepted are allow_leak, batch_size, checkpoint, data, eval, log, mesh, microbatches, '
-      'model, optim, profile, seed, steps',
+      'lr is not a setting: accepted are allow_leak, batch_size, checkpoint, compiler, data, eval, log, mesh, '
+      'microbatches, model, optim, profile, seed, steps',
     ),
     ('--config.steps.x=3', 'steps.x is not a setting: did you mean steps?'),
     ('--config.steps=abc', "steps='abc' is not accepted: it must be an integer"),
