@@ -46,7 +46,9 @@ TRAIN = (
 def main(argv: list[str]) -> int:
   settings, _, folder, own = cli.parse(argv, 'experiments.placement', _define)
   moe = settings.model.moe
-  wanted = [_positive(devices) for devices in own['devices']]
+  wanted = [_at_least(2, 'devices', devices) for devices in own['devices']]
+  _at_least(2, 'batches', own['batches'])
+  _at_least(0, 'slots', own['slots'])
   if not (folder / 'checkpoints').is_dir():
     raise BadInput(f'--workdir={folder} has no checkpoint of a model to place')
   parts = assemble(settings)
@@ -94,10 +96,10 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _positive(devices: str) -> int:
-  if not devices.isdigit() or int(devices) < 1:
-    raise BadInput(f'--devices={devices} is not accepted: it must be integers from 1, with commas')
-  return int(devices)
+def _at_least(least: int, flag: str, value: Any) -> int:
+  if not str(value).isdigit() or int(value) < least:
+    raise BadInput(f'--{flag}={value} is not accepted: accepted are integers from {least}')
+  return int(value)
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -135,7 +137,7 @@ def judged(choices: np.ndarray, num_experts: int, devices: int, slots: int = 0) 
   """Crossings and imbalance before and after.
 
   Args:
-    choices: `[batches, T, L, K]`, see `moejax.placement.choices_of`.
+    choices: `[batches, T, L, K]`, see `moejax.placement.choices_of`; of an odd number the last is left out.
     num_experts: E.
     devices: P.
     slots: of a device, for copies; 0 for a quarter more than E / P.
@@ -148,7 +150,7 @@ def judged(choices: np.ndarray, num_experts: int, devices: int, slots: int = 0) 
       f'--batches={len(choices)} is not accepted: it must be at least 2, one half to judge by'
     )
   half = len(choices) // 2
-  found, fresh = (np.concatenate(part) for part in (choices[:half], choices[half:]))
+  found, fresh = (np.concatenate(part) for part in (choices[:half], choices[half : 2 * half]))
   layers, k = choices.shape[2:]
   before = identity_placement(layers, num_experts, devices)
   after = affinity_placement(transitions(found, num_experts), devices)

@@ -309,7 +309,7 @@ def _check_sizes(
     raise ValueError(f'granularity={granularity} does not divide d_ff={d_ff}')
 
 
-def _check_functions(dispatch: Any, exchange: Any) -> None:
+def _check_functions(dispatch: Dispatch, exchange: Exchange) -> None:
   for key, function, place in (
     ('dispatch', dispatch, 'a function of moejax/moe/dispatch.py'),
     ('exchange', exchange, 'what moejax.moe.exchange.make_exchange returns'),

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,21 @@ def test_a_folder_without_a_model_is_one_sentence(tmp_path):
     placement.main(['placement', '--config', config, '--workdir', str(tmp_path)])
 
 
-def test_devices_that_are_no_numbers_are_refused():
-  with pytest.raises(BadInput, match='--devices=two is not accepted'):
-    placement._positive('two')
+@pytest.mark.parametrize(
+  ('given', 'least'),
+  [('devices=two', 2), ('devices=4,1', 2), ('batches=1', 2), ('batches=-1', 2), ('slots=-1', 0)],
+)
+def test_numbers_that_nothing_can_be_placed_with_are_refused(given, least, tmp_path):
+  config = str(placement.__file__).replace('experiments/placement.py', 'configs/tiny.py')
+  flag, _, value = given.rpartition('=')
+  wrong = re.escape(f'--{flag}={value.rpartition(",")[2]} is not accepted: accepted are integers')
+  with pytest.raises(BadInput, match=f'^{wrong} from {least}$'):
+    placement.main(['', '--config', config, '--workdir', str(tmp_path), f'--{given}'])
+
+
+def test_of_an_odd_number_of_batches_the_last_is_left_out(rng):
+  choices = routed(rng, batches=5)
+  assert placement.judged(choices, 8, 4) == placement.judged(choices[:4], 8, 4)
 
 
 def test_the_page_is_that_of_its_numbers():
