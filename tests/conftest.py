@@ -22,6 +22,8 @@ def with_test_flags(flags: str, count: int) -> str:
   """
   ours = {'--xla_force_host_platform_device_count': count, '--xla_backend_optimization_level': 0}
   ours['--xla_cpu_parallel_codegen_split_count'] = 1
+  # emulated devices that wait for each other on a crowded machine: XLA ends the process after 40 s
+  ours['--xla_cpu_collective_call_terminate_timeout_seconds'] = 240
   if importlib.metadata.version('jaxlib').startswith('0.10.'):  # XLA ends on flags it does not know
     ours['--xla_cpu_use_fusion_emitters'] = 'false'
   kept = [flag for flag in flags.split() if flag.partition('=')[0] not in ours]
