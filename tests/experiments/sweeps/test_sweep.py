@@ -165,6 +165,15 @@ time.sleep(60)
 """
 
 
+@pytest.fixture
+def ctrl_c():
+  """Ctrl-C is heard, which shells make programs in the background ignore."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('ctrl_c')
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_ends_the_sweep_once_its_worker_has_saved(
   number, file, tmp_path, monkeypatch, capsys
