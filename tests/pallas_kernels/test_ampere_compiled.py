@@ -4,20 +4,13 @@ Needs jax 0.11 or newer, so Python 3.12, and what test_gpu_compiled.py needs. Th
 ordering of memory and no speed.
 """
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
-from tests.pallas_kernels.test_gpu_compiled import missing
+from tests.pallas_kernels.test_gpu_compiled import facts
 
 pytestmark = pytest.mark.aot
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = 'tests/pallas_kernels/aot/compile_for_a100.py'
 # Of a multiprocessor; each block takes 1024 bytes more than it asks for, and Ada gives a block at most 99 KiB.
 THREADS, REGISTERS, SHARED_MEMORY, RESERVED, ADA = 128, 65536, 164 * 1024, 1024, 99 * 1024
@@ -28,14 +21,7 @@ def kernels(tmp_path_factory):
   """Facts, a kernel each."""
   if not hasattr(mosaic_gpu, 'mma'):
     pytest.skip('this jax is older than 0.11: its Pallas has no plgpu.mma')
-  if (reason := missing()) is not None:
-    pytest.skip(reason)
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'}
-  command = [sys.executable, SCRIPT, str(tmp_path_factory.mktemp('kernels'))]
-  options = dict(cwd=ROOT, env=env | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
-  done = subprocess.run(command, **options, check=False, timeout=280)
-  assert done.returncode == 0, done.stderr[-3000:]
-  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  return facts(SCRIPT, tmp_path_factory.mktemp('kernels'))
 
 
 def test_value_and_both_gradients_are_compiled_for_sm_80(kernels):

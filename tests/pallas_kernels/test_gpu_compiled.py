@@ -41,15 +41,13 @@ def missing() -> str | None:
   return None
 
 
-@pytest.fixture(scope='module')
-def kernels(tmp_path_factory):
-  """Facts by (program, kernel)."""
+def facts(script: str, folder: pathlib.Path, *names: str) -> list[dict]:
+  """What a script that compiles kernels prints of each; in a process of its own, which dumps into the folder."""
   if (reason := missing()) is not None:
     pytest.skip(reason)
   env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'}
-  command = [sys.executable, SCRIPT, str(tmp_path_factory.mktemp('kernels'))]
   done = subprocess.run(
-    command,
+    [sys.executable, script, str(folder), *names],
     cwd=ROOT,
     env=env | {'PYTHONPATH': str(ROOT)},
     capture_output=True,
@@ -58,7 +56,13 @@ def kernels(tmp_path_factory):
     timeout=280,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+
+
+@pytest.fixture(scope='module')
+def kernels(tmp_path_factory):
+  """Facts by (program, kernel)."""
+  rows = facts(SCRIPT, tmp_path_factory.mktemp('kernels'))
   return {(row['program'], row['kernel']): row for row in rows}
 
 

@@ -4,11 +4,7 @@ No interpreter of Pallas knows the instructions that widen and turn (hopper/wide
 needs.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
@@ -35,21 +31,8 @@ USED = 2
 @pytest.fixture(scope='module')
 def compiled(tmp_path_factory):
   """Facts of each program, with its PTX."""
-  if (reason := test_gpu_compiled.missing()) is not None:
-    pytest.skip(reason)
   folder = tmp_path_factory.mktemp('emulated')
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'}
-  done = subprocess.run(
-    [sys.executable, test_gpu_compiled.SCRIPT, str(folder), *PROGRAMS],
-    cwd=test_gpu_compiled.ROOT,
-    env=env | {'PYTHONPATH': str(test_gpu_compiled.ROOT)},
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=200,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  rows = test_gpu_compiled.facts(test_gpu_compiled.SCRIPT, folder, *PROGRAMS)
   text = lambda program: next((folder / program).glob('*.ptx')).read_text(encoding='utf-8')
   return {row['program']: row | {'ptx': text(row['program'])} for row in rows}
 
