@@ -45,7 +45,7 @@ def check_routing(settings: Settings) -> None:
         f"model.moe.kind={moe.kind!r} lets a token see later ones: accepted are other kinds, model.kind='encoder' or "
         "'vit', or allow_leak=True"
       )
-    if name in ('expert_choice', 'sinkhorn_expert_choice'):
+    if name in ('expert_choice', 'sinkhorn_expert_choice', 'sparse_expert_choice'):
       safe = "model.moe.router.group='position'"
     elif name in ('top_k', 'gshard', 'vmoe'):
       safe = "model.moe.router.priority='token_major', capacity_factor=None"

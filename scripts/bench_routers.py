@@ -55,6 +55,7 @@ ROUTERS = {
   'expert_choice': {'capacity_factor': 8.0},
   'sinkhorn': EIGHT,
   'sinkhorn_expert_choice': {'capacity_factor': 8.0},
+  'sparse_expert_choice': {'capacity_factor': 8.0},
   'base': {'group': 'sequence'},
   'hash': ONE,
   'mask_moe': {'k': 8, 'visible': 8, 'vocab_size': VOCABULARY},

@@ -58,6 +58,7 @@ ROWS = {
   'hash': {'name': 'hash', 'of': 'bigram'},
   'sinkhorn': {'name': 'sinkhorn'},
   'sinkhorn_expert_choice': {'name': 'sinkhorn_expert_choice', 'capacity_factor': 1.5},
+  'sparse_expert_choice': {'name': 'sparse_expert_choice', 'capacity_factor': 1.5},
   'base': {'name': 'base'},
   'noisy_top_k': {'name': 'noisy_top_k', 'k': 2},
   'cosine': {'name': 'cosine', 'width': 3},

@@ -64,6 +64,7 @@ KIND_OF = {  # of rows that are not those of one token after another
   'mixture_of_tokens': 'slots',
   'sinkhorn_expert_choice': 'sequences',
   'soft': 'slots',
+  'sparse_expert_choice': 'sequences',
 }
 
 

@@ -41,6 +41,7 @@ from moejax.routers.sinkhorn import sinkhorn, sinkhorn_expert_choice
 from moejax.routers.smile import smile
 from moejax.routers.smoe_dropout import smoe_dropout
 from moejax.routers.soft import soft
+from moejax.routers.sparse_expert_choice import sparse_expert_choice
 from moejax.routers.spatial import spatial
 from moejax.routers.speech_moe import speech_moe
 from moejax.routers.thor import thor
@@ -79,6 +80,7 @@ ROUTERS: dict[str, Callable[..., Router]] = {
   'smoe_dropout': smoe_dropout,
   'soft': soft,
   'space_moe': space_moe,
+  'sparse_expert_choice': sparse_expert_choice,
   'spatial': spatial,
   'speech_moe': speech_moe,
   'switch': switch,
@@ -199,7 +201,7 @@ def _takers(name: str) -> dict[str, Callable[..., Router]]:
 
 def count_option(name: str) -> str | None:
   """The option that says how many experts work on a token, None where that is fixed."""
-  if name in ('expert_choice', 'sinkhorn_expert_choice'):
+  if name in ('expert_choice', 'sinkhorn_expert_choice', 'sparse_expert_choice'):
     return 'capacity_factor'
   return 'k' if 'k' in router_options(name) else None
 

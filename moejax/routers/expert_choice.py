@@ -94,18 +94,20 @@ class ExpertAffinity:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertChoiceAssign:
-  """`Scores -> Assignment`: rows by group, expert, and falling `Scores.select`, which lies in [0, 1].
+  """`Scores -> Assignment`: rows by group, expert, and falling `Scores.select`, which is not negative.
 
   Attributes:
-    factor: c, the mean number of experts a token; C = max(1, floor(n * c / E)), at most n tokens.
+    factor: c, the mean number of experts a token; C tokens an expert, see `tokens_of_expert`.
     group, group_size: the tokens that compete, see `to_groups`.
     cap: at most so many experts a token (None: any number), by `capped_plan`.
+    zeros: whether an expert takes tokens with a score of zero, too, where it has fewer than C others.
   """
 
   factor: float
   group: str
   cap: int | None = None
   group_size: int | None = None
+  zeros: bool = True
 
   def __call__(self, scores: Scores, context: Context) -> Assignment:
     num_sequences, num_positions, num_experts = scores.gate.shape
@@ -118,7 +120,7 @@ class ExpertChoiceAssign:
     if context.mask is not None:
       real_gt = to_groups(context.mask, self.group, self.group_size)
       real_get = jnp.broadcast_to(real_gt[:, None], select_get.shape)
-    limit = min(group_size, max(1, int(group_size * self.factor / num_experts + 1e-9)))
+    limit = tokens_of_expert(group_size, num_experts, self.factor)
     if self.cap is not None:
       if self.group != 'sequence':  # groups that span devices
         select_get = replicated(select_get)
@@ -133,6 +135,8 @@ class ExpertChoiceAssign:
     )
     if real_get is not None:
       chosen_gec = jnp.where(jnp.take_along_axis(real_get, index_gec, -1), chosen_gec, num_experts)
+    if not self.zeros:
+      chosen_gec = jnp.where(value_gec > 0, chosen_gec, num_experts)
     expert_gec = chosen_gec
     if self.cap is not None:
       within_gec = jax.vmap(within_cap, (0, 0, None, None))(
@@ -155,6 +159,11 @@ class ExpertChoiceAssign:
       num_experts=num_experts,
       groups=chunks,
     )
+
+
+def tokens_of_expert(num_tokens: int, num_experts: int, factor: float) -> int:
+  """`C = floor(tokens * factor / experts)`, at least 1 and at most all tokens of the group."""
+  return min(num_tokens, max(1, int(num_tokens * factor / num_experts + 1e-9)))
 
 
 def capped_plan(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,19 +83,30 @@ def sinkhorn_plan(
   return scaled(jax.lax.fori_loop(0, turns, some_rounds, jnp.zeros_like(logits[:, 0])))
 
 
-def _grouped_plan(
-  logits_bse: Array,
-  group: str,
-  group_size: int | None,
-  context: Context,
-  temperature: float,
-  iterations: int,
+Plan = Callable[[Array, Array | None], Array]
+"""`(logits [G, T, E], real [G, T] or None) -> plan [G, T, E]`."""
+
+
+def grouped_plan(
+  plan: Plan, logits_bse: Array, group: str, group_size: int | None, context: Context
 ) -> Array:
   """The plan of every routing group, `[B, S, E]`, without gradient."""
   logits_gte = to_groups(jax.lax.stop_gradient(logits_bse), group, group_size)
   real = None if context.mask is None else to_groups(context.mask, group, group_size)
-  plan_gte = sinkhorn_plan(logits_gte, real, temperature=temperature, iterations=iterations)
-  return from_groups(plan_gte, group, (logits_bse.shape[0], logits_bse.shape[1]))
+  return from_groups(plan(logits_gte, real), group, (logits_bse.shape[0], logits_bse.shape[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class SinkhornPlan:
+  """`sinkhorn_plan` as a value: routers of equal options are equal, and stack."""
+
+  temperature: float
+  iterations: int
+
+  def __call__(self, logits_gte: Array, real_gt: Array | None) -> Array:
+    return sinkhorn_plan(
+      logits_gte, real_gt, temperature=self.temperature, iterations=self.iterations
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +116,14 @@ class SinkhornAffinity:
   Attributes:
     function, k: see `TokenAffinity`.
     group: 'sequence' or 'batch', the tokens of one plan.
-    temperature, iterations: see `sinkhorn_plan`.
+    plan: of a group.
     plan_in_eval: outside of training too, else the logits select there.
   """
 
   function: str
   k: int
   group: str
-  temperature: float
-  iterations: int
+  plan: Plan
   plan_in_eval: bool
 
   def __call__(
@@ -121,8 +132,7 @@ class SinkhornAffinity:
     scores = TokenAffinity(self.function, self.k)(logits_bse, std, bias_e, context)
     if not context.train and not self.plan_in_eval:
       return scores
-    how = (self.temperature, self.iterations)
-    plan_bse = _grouped_plan(scores.select, self.group, None, context, *how)
+    plan_bse = grouped_plan(self.plan, scores.select, self.group, None, context)
     return dataclasses.replace(scores, select=plan_bse)
 
 
@@ -171,8 +181,7 @@ def sinkhorn(
     affinity=functools.partial(
       SinkhornAffinity,
       group=group,
-      temperature=temperature,
-      iterations=iterations,
+      plan=SinkhornPlan(temperature, iterations),
       plan_in_eval=plan_in_eval,
     ),
     weighting=weighting or ('sigmoid' if k == 1 else 'softmax_topk'),
@@ -188,25 +197,67 @@ def sinkhorn(
 
 
 @dataclasses.dataclass(frozen=True)
-class SinkhornExpertAffinity:
-  """Softmax gates over experts, selection by the plan.
+class PlannedExpertAffinity:
+  """Softmax gates over experts, selection by a plan.
 
   Attributes:
     group, group_size: the tokens of one plan, see `to_groups`.
-    temperature, iterations: see `sinkhorn_plan`.
+    plan: of a group.
   """
 
   group: str
   group_size: int | None
-  temperature: float
-  iterations: int
+  plan: Plan
 
   def __call__(
     self, logits_bse: Array, std: Array | None, bias: Array | None, context: Context
   ) -> Scores:
     scores = ExpertAffinity('experts', self.group)(logits_bse, std, bias, context)
-    where = (self.group, self.group_size, context, self.temperature, self.iterations)
-    return dataclasses.replace(scores, select=_grouped_plan(logits_bse, *where))
+    plan_bse = grouped_plan(self.plan, logits_bse, self.group, self.group_size, context)
+    return dataclasses.replace(scores, select=plan_bse)
+
+
+def planned_expert_choice(
+  scorer: Callable,
+  plan: Plan,
+  *,
+  num_experts: int,
+  capacity_factor: float,
+  group: str,
+  group_size: int | None,
+  zeros: bool = True,
+) -> Router:
+  """Expert choice by the columns of a plan, weights softmax gates.
+
+  Args:
+    scorer: of the logits.
+    plan: of a group.
+    num_experts: E.
+    capacity_factor: mean number of experts a token.
+    group, group_size: see `to_groups`.
+    zeros: see `ExpertChoiceAssign`.
+
+  Raises:
+    ValueError: an option out of its range.
+  """
+  check_name('group', group, GROUPS)
+  if group_size is not None and (group != 'position' or group_size < 1):
+    raise ValueError(
+      f"group_size={group_size} with group={group!r}: accepted are None, or integers from 1 with group='position'"
+    )
+  if not capacity_factor > 0:
+    raise ValueError(f'capacity_factor={capacity_factor}: accepted are positive numbers')
+  safe, apart = group == 'position', group == 'sequence'
+  return Router(
+    scorer,
+    PlannedExpertAffinity(group, group_size, plan),
+    ExpertChoiceAssign(capacity_factor, group, group_size=group_size, zeros=zeros),
+    num_experts=num_experts,
+    flags=Flags(
+      prefix_safe_train=safe, prefix_safe_eval=safe, batch_free=apart, stays_in_sequence=apart
+    ),
+    choices=min(capacity_factor, num_experts),
+  )
 
 
 def sinkhorn_expert_choice(
@@ -239,23 +290,14 @@ def sinkhorn_expert_choice(
   Raises:
     ValueError: an option out of its range.
   """
-  check_name('group', group, GROUPS)
   _check(temperature, iterations)
-  if not capacity_factor > 0:
-    raise ValueError(f'capacity_factor={capacity_factor}: accepted are positive numbers')
-  safe = group == 'position'
-  return Router(
+  return planned_expert_choice(
     LinearScorer(d_model, num_experts, init_std=init_std, rngs=rngs),
-    SinkhornExpertAffinity(group, group_size, temperature, iterations),
-    ExpertChoiceAssign(capacity_factor, group, group_size=group_size),
+    SinkhornPlan(temperature, iterations),
     num_experts=num_experts,
-    flags=Flags(
-      prefix_safe_train=safe,
-      prefix_safe_eval=safe,
-      batch_free=group == 'sequence',
-      stays_in_sequence=group == 'sequence',
-    ),
-    choices=min(capacity_factor, num_experts),
+    capacity_factor=capacity_factor,
+    group=group,
+    group_size=group_size,
   )
 
 
