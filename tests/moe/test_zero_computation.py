@@ -96,6 +96,32 @@ def test_a_copy_gives_the_token_and_a_constant_lies_between_token_and_value():
   assert float(jnp.abs(force(zero_layer(router), 7)(x)[0]).max()) == 0
 
 
+def test_a_zero_expert_leaves_its_weight_to_the_others():
+  """MoE++ as released: of a token's two choices the other one has all, of two zero experts nobody has any."""
+  name = {'name': 'gating_residual', 'k': 2}
+  x = tokens()
+  plain, without = (zero_layer(name | more) for more in ({}, {'renorm_excluding_zero': 1}))
+  before, after = plain.router(x), without.router(x)
+  np.testing.assert_array_equal(after.expert, before.expert)
+  zero, weight = (np.asarray(v).reshape(-1, 2) for v in (after.expert == 7, after.weight))
+  assert 0 < zero.sum() < len(zero)
+  assert (weight[zero] == 0).all()
+  np.testing.assert_allclose(weight.sum(1), 1, rtol=1e-6)
+  raw = np.asarray(before.weight).reshape(-1, 2)
+  neither = ~zero.any(1)
+  np.testing.assert_allclose(
+    weight[neither], raw[neither] / raw[neither].sum(1)[:, None], rtol=1e-5
+  )
+  alone = zero_layer(name | {'renorm_excluding_zero': 7})  # but the first of them all
+  kernel = alone.router.scorer.kernel
+  kernel[...] = jnp.zeros_like(kernel[...]).at[:, 0].set(-5.0)
+  assert float(jnp.abs(alone(jnp.abs(x))[0]).max()) == 0
+  with pytest.raises(
+    ValueError, match='renorm_excluding_zero=8 with num_experts=8: accepted are 0'
+  ):
+    zero_layer(name | {'renorm_excluding_zero': 8})
+
+
 def test_without_zero_computation_choices_it_is_the_plain_layer():
   layer = zero_layer()
   router = {'name': 'top_k', 'k': 2, 'weighting': 'softmax_topk'}
