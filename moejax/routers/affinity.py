@@ -20,10 +20,12 @@ class TokenAffinity:
   Attributes:
     function: 'softmax' or 'sigmoid'.
     k: number of choices, for the load probability.
+    one_threshold: of the load probability, see `load_probability`.
   """
 
   function: str
   k: int
+  one_threshold: bool = False
 
   def __call__(
     self, logits_bse: Array, std: Array | None, bias_e: Array | None, context: Context
@@ -34,7 +36,7 @@ class TokenAffinity:
         jax.random.fold_in(context.rng, 2), logits_bse.shape, logits_bse.dtype
       )
       noisy_bse = logits_bse + std * noise
-      load_bse = load_probability(logits_bse, noisy_bse, std, self.k)
+      load_bse = load_probability(logits_bse, noisy_bse, std, self.k, self.one_threshold)
     probs_bse, partition_bs = _squash(self.function, logits_bse)
     gate_bse = probs_bse if std is None else _squash(self.function, noisy_bse)[0]
     if self.function == 'sigmoid':
@@ -78,17 +80,22 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def load_probability(
-  clean: Float[Array, '*batch E'], noisy: Float[Array, '*batch E'], std: Array, k: int
+  clean: Float[Array, '*batch E'],
+  noisy: Float[Array, '*batch E'],
+  std: Array,
+  k: int,
+  one_threshold: bool = False,
 ) -> Float[Array, '*batch E']:
   """Probability that an expert is in the top k if its own noise alone is drawn again.
 
-  Shazeer et al. 2017, appendix A: the threshold is the k-th largest noisy logit among the *other* experts.
+  Shazeer et al. 2017, appendix A: the threshold is the k-th largest noisy logit among the *other* experts. With
+  `one_threshold` it is the k-th largest of all, for every expert, as in V-MoE (Riquelme et al. 2021, released code).
   The threshold carries no gradient. With `k >= E` every expert is always chosen: ones.
   """
   num_experts = clean.shape[-1]
   if k >= num_experts:
     return jnp.ones_like(clean)
   top, _ = jax.lax.top_k(noisy, k + 1)
-  inside = noisy >= top[..., k - 1 : k]
-  threshold = jax.lax.stop_gradient(jnp.where(inside, top[..., k:], top[..., k - 1 : k]))
-  return norm.cdf((clean - threshold) / std)
+  last, next_best = top[..., k - 1 : k], top[..., k:]
+  threshold = last if one_threshold else jnp.where(noisy >= last, next_best, last)
+  return norm.cdf((clean - jax.lax.stop_gradient(threshold)) / std)

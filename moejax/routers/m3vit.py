@@ -3,11 +3,14 @@ vision transformer for efficient multi-task learning with model-accelerator co-d
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.arrays import Context
+from moejax.routers.affinity import TokenAffinity
 from moejax.routers.router import Router, required, with_flags
 from moejax.routers.scorers import check_key
 from moejax.routers.top_k import check_name, token_choice
@@ -112,5 +115,8 @@ def m3vit(
   scorer = TaskScorer(
     d_model, num_experts, tasks=tasks, gate=gate, width=width, noise_std=noise_std, rngs=rngs
   )
-  router = token_choice(scorer, num_experts=num_experts, k=k, weighting=weighting, **options)
+  affinity = functools.partial(TokenAffinity, one_threshold=True)  # V-MoE's
+  router = token_choice(
+    scorer, num_experts=num_experts, k=k, affinity=affinity, weighting=weighting, **options
+  )
   return with_flags(router, needs=('task',))

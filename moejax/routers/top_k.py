@@ -10,6 +10,7 @@ options of this one function: weights, capacity and its priority, noise, bias.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -271,7 +272,8 @@ def top_k(
     options: of `token_choice`.
 
   The routed experts of DeepSeekMoE are `weighting='softmax_topk'` with `init_std=0.006`; its shared experts and its
-  fine granularity belong to the layer. Its loss that balances devices is not here.
+  fine granularity belong to the layer. With its loss that balances devices, `cluster_balance`, they are `group_limited`
+  without a limit (see there).
 
   Raises:
     ValueError: as `token_choice`.
@@ -332,9 +334,8 @@ def vmoe(
 
   `priority='score'` is batch-prioritised routing (section 4.1), with which `eval_capacity_factor` may go far below 1.
   The paper rounds capacities up to multiples of 4 and makes groups of 8 images; here C is the ceiling, and the group
-  the batch. Losses of the paper: `importance` and `load`, 0.005 each; the latter here as in Shazeer et al., with the
-  threshold among the other experts, where the released code has one for all experts. Options as in `top_k`. Not
-  prefix-safe.
+  the batch. Losses of the paper: `importance` and `load`, 0.005 each, the latter with one threshold for all experts of
+  a token as in the released code. Options as in `top_k`. Not prefix-safe.
   """
   return top_k(
     k=k,
@@ -342,6 +343,7 @@ def vmoe(
     weighting=weighting,
     priority=priority,
     noise_std=noise_std,
+    affinity=functools.partial(TokenAffinity, one_threshold=True),
     **options,
   )
 

@@ -224,6 +224,8 @@ def test_load_probability_of_three_experts():
   clean, noisy = jnp.array([1.0, 0.5, 0.0]), jnp.array([1.2, 0.1, 0.3])
   got = load_probability(clean, noisy, jnp.ones(()), 1)
   np.testing.assert_allclose(got, [0.758036, 0.241964, 0.115070], atol=1e-6)
+  of_all = load_probability(clean, noisy, jnp.ones(()), 1, one_threshold=True)  # 1.2 for all three
+  np.testing.assert_allclose(of_all, [0.420740, 0.241964, 0.115070], atol=1e-6)
   assert float(load_probability(clean, noisy, jnp.ones(()), 3).min()) == 1
   nearly_none = load_probability(noisy, noisy, jnp.full((), 1e-4), 1)
   np.testing.assert_allclose(nearly_none, [1, 0, 0], atol=1e-6)

@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 
 from moejax import Context, make_router
+from moejax.moe import losses
+from moejax.moe.stats import routing_stats
 from moejax.routers import router_options
 from moejax.routers.group_limited import GroupLimitedAffinity
 from moejax.routers.top_k import TopKAssign
@@ -90,6 +92,22 @@ def test_a_bias_moves_groups_and_makes_no_score_of_another_group_better():
   plan = group_choice(S8, jnp.array([-2.0] * 6 + [-1.0] * 2))
   assert plan.expert.tolist() == [7, 6, 0]  # groups 3 (-1.1) and 0 (-3.0)
   np.testing.assert_allclose(plan.weight, 2.5 * np.array([0.6, 0.3, 0.9]) / 1.8, rtol=1e-5)
+
+
+def test_deepseek_moe_on_devices_is_group_limited_without_a_limit():
+  """The plain router of 'softmax_topk', and its device-level loss `sum_g mean(f_e in g) sum(P_e in g)`."""
+  options = {'groups': 4, 'limit': 4, 'weighting': 'softmax_topk', 'route_scale': 1.0}
+  router = make('group_limited', num_experts=8, balance_bias=False, **options)
+  plain = make('top_k', num_experts=8, weighting='softmax_topk')
+  nnx.update(plain.scorer.kernel, router.scorer.kernel[...])
+  jax.tree.map(np.testing.assert_array_equal, plain(X), router(X))
+  scores, plan = router.route(X, Context())
+  stats = routing_stats(scores, plan, Context())
+  tokens = plan.token.size // 2
+  f_e = 8 / (2 * tokens) * np.bincount(plan.expert, minlength=8)  # (N' / (K' T)) sum of choices
+  p_e = np.asarray(scores.probs).mean((0, 1))
+  want = (f_e.reshape(4, 2).mean(1) * p_e.reshape(4, 2).sum(1)).sum()
+  assert float(losses.cluster_balance(stats)) == pytest.approx(want, rel=1e-5)
 
 
 def test_group_limited_balances_groups():
