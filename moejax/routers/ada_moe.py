@@ -16,7 +16,7 @@ from moejax.arrays import Assignment, Context, Scores
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.router import Flags, Router
 from moejax.routers.rows import token_rows
-from moejax.routers.scorers import LinearScorer
+from moejax.routers.scorers import LinearScorer, check_from_one
 from moejax.routers.weighting import normalised
 
 
@@ -81,8 +81,7 @@ def ada_moe(
     ValueError: k or nulls out of its range.
   """
   nulls = num_experts if nulls is None else nulls
-  if nulls < 1:
-    raise ValueError(f'nulls={nulls}: accepted are integers from 1')
+  check_from_one(nulls=nulls)
   if not 2 <= k <= num_experts + nulls:
     raise ValueError(
       f'k={k} with num_experts={num_experts} and nulls={nulls}: accepted are 2 to {num_experts + nulls}'

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Context
 from moejax.routers.router import Router
+from moejax.routers.scorers import check_from_one
 from moejax.routers.top_k import token_choice
 from moejax.transformer.linear import product
 
@@ -81,8 +82,7 @@ def cosine(
     ValueError: an option out of its range.
   """
   width = max(2, num_experts // 2) if width is None else width
-  if width < 1:
-    raise ValueError(f'width={width}: accepted are integers from 1')
+  check_from_one(width=width)
   if not temperature > 0:
     raise ValueError(f'temperature={temperature}: accepted are positive numbers')
   scorer = CosineScorer(d_model, num_experts, width, temperature, rngs=rngs)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from moejax.arrays import Context, Scores
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.router import Router
-from moejax.routers.scorers import LinearScorer
+from moejax.routers.scorers import LinearScorer, check_from_one
 from moejax.routers.top_k import token_choice
 
 
@@ -91,8 +91,7 @@ def group_limited(
   size = num_experts // groups
   if not 1 <= limit <= groups:
     raise ValueError(f'limit={limit} with groups={groups}: accepted are 1 to {groups}')
-  if best < 1:
-    raise ValueError(f'best={best}: accepted are integers from 1')
+  check_from_one(best=best)
   if k > limit * size:
     raise ValueError(
       f'k={k} with limit={limit} of groups={groups} of {size}: accepted are 1 to {limit * size}'

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.dense import assign_all
-from moejax.routers.rmoe import check_width
 from moejax.routers.router import Flags, Router
+from moejax.routers.scorers import check_from_one
 from moejax.transformer.linear import product
 
 DEGREE = 3
@@ -112,9 +112,7 @@ def kamoe(
   Raises:
     ValueError: width or cells below 1, a single expert.
   """
-  check_width(width)
-  if cells < 1:
-    raise ValueError(f'cells={cells}: accepted are integers from 1')
+  check_from_one(width=width, cells=cells)
   if num_experts < 2:
     raise ValueError(f'num_experts={num_experts} with router kamoe: accepted are integers from 2')
   return Router(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.router import Router, required, with_flags
-from moejax.routers.scorers import check_key
+from moejax.routers.scorers import check_from_one, check_key
 from moejax.routers.top_k import check_name, token_choice
 from moejax.transformer.linear import product
 
@@ -109,9 +109,7 @@ def m3vit(
     ValueError: tasks or width below 1, an unknown gate, or as `token_choice`; when called, no `context.task`.
   """
   check_name('gate', gate, GATES)
-  for key, value in (('tasks', tasks), ('width', width)):
-    if value < 1:
-      raise ValueError(f'{key}={value}: accepted are integers from 1')
+  check_from_one(tasks=tasks, width=width)
   scorer = TaskScorer(
     d_model, num_experts, tasks=tasks, gate=gate, width=width, noise_std=noise_std, rngs=rngs
   )

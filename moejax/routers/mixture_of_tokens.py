@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context, Scores, SoftPlan
 from moejax.routers.expert_choice import from_groups, to_groups
 from moejax.routers.router import Flags, Router
+from moejax.routers.scorers import check_from_one
 from moejax.routers.soft import slot_affinity
 from moejax.routers.top_k import check_name
 
@@ -102,10 +103,7 @@ def mixture_of_tokens(
     ValueError: an option out of its range; when called, sequences that g does not divide.
   """
   eval_group_size = group_size if eval_group_size is None else eval_group_size
-  sizes = {'group_size': group_size, 'eval_group_size': eval_group_size, 'slots': slots}
-  for key, value in sizes.items():
-    if value < 1:
-      raise ValueError(f'{key}={value}: accepted are integers from 1')
+  check_from_one(group_size=group_size, eval_group_size=eval_group_size, slots=slots)
   if not temperature > 0:
     raise ValueError(f'temperature={temperature}: accepted are positive numbers')
   check_name('emit', emit, ('same', 'softmax'))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from moejax.arrays import Context, Scores
 from moejax.routers.affinity import softmax
 from moejax.routers.router import Flags, Router
+from moejax.routers.scorers import check_from_one
 from moejax.routers.top_k import TopKAssign
 from moejax.transformer.linear import product
 
@@ -132,9 +133,7 @@ def moec(
     raise ValueError(f'clusters={clusters} does not divide num_experts={num_experts}')
   if not 0 <= dropout < 1:
     raise ValueError(f'dropout={dropout}: accepted are numbers from 0 to below 1')
-  for key, value in (('width', width), ('resamples', resamples)):
-    if value < 1:
-      raise ValueError(f'{key}={value}: accepted are integers from 1')
+  check_from_one(width=width, resamples=resamples)
   return Router(
     ClusterScorer(d_model, num_experts, width, rngs=rngs),
     ClusterGate(clusters, dropout, resamples, seed),

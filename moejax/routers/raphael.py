@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Assignment, Context, Scores
 from moejax.routers.router import Flags, Router, required, with_flags
 from moejax.routers.rows import token_rows
-from moejax.routers.scorers import context_key
+from moejax.routers.scorers import check_from_one, context_key
 from moejax.routers.top_k import check_name, token_choice
 from moejax.routers.weighting import raw, unweighted
 
@@ -206,8 +206,7 @@ def space_moe(
   check_name('weighting', weighting, WEIGHTS)
   if not 0 <= threshold < 1:
     raise ValueError(f'threshold={threshold}: accepted are numbers from 0 to below 1')
-  if width < 1:
-    raise ValueError(f'width={width}: accepted are integers from 1')
+  check_from_one(width=width)
   return Router(
     TextScorer(width, num_experts, noise_std, rngs=rngs),
     text_affinity,

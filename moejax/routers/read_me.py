@@ -8,8 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.arrays import Context, full_precision, wide_dtype
-from moejax.routers.rmoe import check_width
 from moejax.routers.router import Router, with_flags
+from moejax.routers.scorers import check_from_one
 from moejax.routers.top_k import token_choice
 from moejax.transformer.attention import Attention
 from moejax.transformer.ffn import FFN
@@ -102,7 +102,7 @@ def read_me(
   Raises:
     ValueError: width below 1, or as `token_choice`; when called, logits that nobody shares.
   """
-  check_width(width)
+  check_from_one(width=width)
   router = token_choice(SharedScorer(), num_experts=num_experts, k=k, **options)
   safe = {
     'prefix_safe_train': router.flags.prefix_safe_train and causal,

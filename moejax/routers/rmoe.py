@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Context
 from moejax.routers.router import Router, with_flags
+from moejax.routers.scorers import check_from_one
 from moejax.routers.top_k import token_choice
 from moejax.transformer.linear import product
 
@@ -149,7 +150,7 @@ def rmoe(
   Raises:
     ValueError: width below 1, or as `token_choice`; when called, a shared cell that nobody shares.
   """
-  check_width(width)
+  check_from_one(width=width)
   scorer = RecurrentScorer(
     d_model, num_experts, width, share_cell=share_cell, detach=detach, rngs=rngs
   )
@@ -161,9 +162,3 @@ def rmoe_shared(
 ) -> GRUCell | None:
   """What a stack of such routers shares; arguments as of `rmoe`."""
   return GRUCell(width, rngs=rngs) if share_cell else None
-
-
-def check_width(width: int) -> None:
-  """Raises ValueError for a width below 1."""
-  if width < 1:
-    raise ValueError(f'width={width}: accepted are integers from 1')

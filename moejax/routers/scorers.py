@@ -98,6 +98,13 @@ def check_key(context: Context, what: str) -> Array:
   return context.rng
 
 
+def check_from_one(**values: int) -> None:
+  """Raises ValueError for an option below 1."""
+  for key, value in values.items():
+    if value < 1:
+      raise ValueError(f'{key}={value}: accepted are integers from 1')
+
+
 def only(expert_bs: Int[Array, 'B S'], num_experts: int, dtype) -> Float[Array, 'B S E']:
   """Logits of which the softmax is one expert with certainty: 0 there, -inf elsewhere."""
   chosen_bse = expert_bs[..., None] == jnp.arange(num_experts, dtype=expert_bs.dtype)[None, None]

@@ -25,7 +25,7 @@ from moejax.routers.expert_choice import (
   to_groups,
 )
 from moejax.routers.router import Flags, Router
-from moejax.routers.scorers import LinearScorer
+from moejax.routers.scorers import LinearScorer, check_from_one
 from moejax.routers.top_k import check_name, token_choice
 
 BY_LOGARITHMS = 10
@@ -304,5 +304,4 @@ def sinkhorn_expert_choice(
 def _check(temperature: float, iterations: int) -> None:
   if not temperature > 0:
     raise ValueError(f'temperature={temperature}: accepted are positive numbers')
-  if iterations < 1:
-    raise ValueError(f'iterations={iterations}: accepted are integers from 1')
+  check_from_one(iterations=iterations)

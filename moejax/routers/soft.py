@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Context, Scores, SoftPlan
 from moejax.routers.router import Flags, Router
+from moejax.routers.scorers import check_from_one
 
 MIXINGS = ('learned', 'learned_dispatch', 'learned_combine', 'uniform', 'identity')
 
@@ -135,8 +136,7 @@ def soft(
   Raises:
     ValueError: slots below 1 or an unknown mixing; when called with mixing='identity', another number of tokens.
   """
-  if slots < 1:
-    raise ValueError(f'slots={slots}: accepted are integers from 1')
+  check_from_one(slots=slots)
   if mixing not in MIXINGS:
     raise ValueError(f'mixing={mixing!r}: accepted are {", ".join(map(repr, MIXINGS))}')
   learns, safe = mixing.startswith('learned'), mixing == 'identity'

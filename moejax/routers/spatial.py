@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Context
 from moejax.routers.classified import Classified
 from moejax.routers.router import Router
+from moejax.routers.scorers import check_from_one
 from moejax.routers.top_k import token_choice
 
 
@@ -81,8 +82,7 @@ def spatial(
     ValueError: positions below 1, quantile or damping out of [0, 1], or as `token_choice`; when called, longer
       sequences.
   """
-  if positions < 1:
-    raise ValueError(f'positions={positions}: accepted are integers from 1')
+  check_from_one(positions=positions)
   for name, value in (('quantile', quantile), ('damping', damping)):
     if value is not None and not 0 <= value <= 1:
       raise ValueError(f'{name}={value}: accepted are numbers from 0 to 1')

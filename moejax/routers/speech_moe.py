@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from moejax.arrays import Context
 from moejax.routers.router import Router, required, with_flags
+from moejax.routers.scorers import check_from_one
 from moejax.routers.top_k import token_choice
 from moejax.transformer.linear import product
 
@@ -70,8 +71,7 @@ def speech_moe(
   Raises:
     ValueError: width below 1, or as `token_choice`; when called, no `context.domain` of this width.
   """
-  if width < 1:
-    raise ValueError(f'width={width}: accepted are integers from 1')
+  check_from_one(width=width)
   scorer = EmbeddingScorer(d_model, num_experts, width, rngs=rngs)
   router = token_choice(scorer, num_experts=num_experts, k=k, **options)
   return with_flags(router, needs=('domain',))
