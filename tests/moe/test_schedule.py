@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.compilers import libtpu
 from tests.conftest import ROOT
 
 pytestmark = [
@@ -60,14 +61,15 @@ def test_no_work_hides_the_first_way_there_and_the_last_way_back(chunks):
 
 
 @pytest.mark.parametrize(
-  ('options', 'compiler', 'transfers'),
-  [({'chunks': 1}, ASYNCHRONOUS, 1), ({'chunks': 2}, {}, 0)],
+  ('options', 'compiler'),
+  [({'chunks': 1}, ASYNCHRONOUS), ({'chunks': 2}, {})],
   ids=['one chunk', 'without the option of the compiler'],
 )
-def test_nothing_overlaps_without_chunks_or_asynchronous_transfers(options, compiler, transfers):
-  """Of one chunk the compiler leaves one of the two ways in one piece, without the option all."""
+def test_nothing_overlaps_without_chunks_or_asynchronous_transfers(options, compiler):
+  """Of one chunk compilers before libtpu 0.0.50 leave one of the two ways in one piece, all do without the option."""
   found = schedule(options, compiler)['transfers']
-  assert len(found) == transfers
+  cut = 2 if libtpu() >= (0, 0, 50) else 1
+  assert len(found) == (cut if compiler else 0)
   assert not any('dot_general' in between for between in found)
 
 
