@@ -43,6 +43,8 @@ from jax.extend.mlir import ir  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
+# the lines of Python that each operation comes from, which take time to write into every program
+jax.config.update('jax_traceback_in_locations_limit', 0)
 hypothesis.settings.register_profile('moejax', derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile('moejax')
 
