@@ -149,9 +149,6 @@ def _check_implementation(moe: MoESettings) -> None:
     raise refuse(
       'model.moe.implementation', moe.implementation, "'auto' with model.moe.dispatch='einsum'"
     )
-  if moe.implementation == 'ampere' and moe.dispatch != 'sorted':
-    text = "'auto', 'blocks', 'cpu', 'gpu', 'tpu' or 'reference' unless model.moe.dispatch='sorted'"
-    raise refuse('model.moe.implementation', moe.implementation, text)
 
 
 def check_together(settings: Settings) -> None:

@@ -46,6 +46,7 @@ TABLE = {
     'tpu': Status(TPU, ('interpreted', 'compiled')),
   },
   'expert_ffn': {
+    'ampere': Status(GPU, ('simulated', 'compiled')),
     'blocks': Status(ALL, ('tested', 'measured')),
     'cpu': Status(ALL, ('tested', 'measured')),
     'gpu': Status(GPU, ('interpreted', 'compiled')),

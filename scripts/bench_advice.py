@@ -3,7 +3,7 @@
 from pallas_kernels import registry
 
 OPERATION = 'expert_ffn'  # what `model.moe.implementation` is about
-BODIES = ('blocks', 'cpu', 'gpu', 'tpu')
+BODIES = ('ampere', 'blocks', 'cpu', 'gpu', 'tpu')
 
 
 def total_milliseconds(rows: list[dict]) -> dict[str, dict[str, float]]:

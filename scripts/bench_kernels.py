@@ -233,8 +233,9 @@ def contestants(operation: str, shape: Shape, dtype):
   functions = {name: functools.partial(op.call, name) for name in op.names if name != 'reference'}
   programs, refused = {}, {}
   for name, function in {**functions, **op.rivals}.items():
-    if name in ('cpu', 'gpu', 'tpu') and name != jax.default_backend():
-      refused[name] = f'needs a {name.upper()}'
+    platform = {'ampere': 'gpu'}.get(name, name)
+    if platform in ('cpu', 'gpu', 'tpu') and platform != jax.default_backend():
+      refused[name] = f'needs a {platform.upper()}'
       continue
     try:
       programs[name] = compiled(function, op.arguments, op.trained)

@@ -92,8 +92,8 @@ def make_dispatch(name: str, implementation: str | None = None) -> Dispatch:
 
   Args:
     name: a key of `DISPATCHES`.
-    implementation: 'blocks', 'cpu', 'gpu', 'tpu' or 'reference', for 'sorted' also 'ampere', which then never falls
-      back; None: the platform's.
+    implementation: 'ampere', 'blocks', 'cpu', 'gpu', 'tpu' or 'reference', which then never falls back; None: the
+      platform's.
 
   Raises:
     ValueError: an unknown name, or an implementation for a dispatch without kernels.

@@ -10,7 +10,7 @@ from .. import compat, packed, registry
 from ..activations import check_activation
 from .reference import expert_ffn as _reference
 
-NAMES = ('blocks', 'cpu', 'gpu', 'reference', 'tpu')
+NAMES = ('ampere', 'blocks', 'cpu', 'gpu', 'reference', 'tpu')
 
 
 class _Static(NamedTuple):
@@ -43,7 +43,7 @@ def expert_ffn(
       `num_experts` and `groups`; `groups == T` promises that row r is of token `r // (R // T)`.
     w_gate, w_up, w_down: the weights of all experts.
     activation: a name in activations.ACTIVATIONS.
-    implementation: 'cpu', 'gpu', 'tpu', 'blocks', 'reference', or None for the best one of the platform lowered for.
+    implementation: one of `NAMES`, or None for the best one of the platform lowered for.
 
   Gradients flow to x, weight and the three w. Dropped rows are zero in value and gradient; a token that has
   no kept row is never read in an operation that mixes tokens, so a NaN in it stays where it is. Inside
@@ -51,7 +51,8 @@ def expert_ffn(
 
   Raises:
     ValueError: an unknown activation or implementation, or shapes that do not belong together.
-    Unsupported: a type narrower than 16 bits, or no floating type; for 'tpu' see tpu.check.
+    Unsupported: a type narrower than 16 bits, or no floating type; for 'tpu' see tpu.check, for 'gpu' gpu.check, for
+      'ampere' ampere.forward.
   """
   check_activation(activation)
   registry.check_name('expert_ffn', implementation, NAMES)

@@ -12,6 +12,7 @@ from ..hopper import depth, rows, tiles
 from ..hopper.epilogues import Hidden, HiddenGradient, Store
 from ..hopper.layout import Layout, collect, lay_out, padded_rows, spread
 from ..packed import take
+from .composed import combine
 
 
 def saved_rows(num_rows, num_experts):
@@ -51,8 +52,9 @@ def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, 
   shape = tiles.choose(layout.tile, x_td.shape[1])
   down = Store(x_td.shape[1], x_td.dtype)
   (y_pd,) = rows.run('expert_ffn_down', hidden, (w_down,), layout, shape, down)
-  y_td = _combine(y_pd, weight_r, token_r, plan, layout, x_td.shape[0], groups)
-  return y_td.astype(x_td.dtype), pre[0].reshape(len(into), save, width) if save else None
+  place_r = take(layout.slot, plan.position)
+  y_td = combine(y_pd, place_r, token_r, weight_r, plan, x_td, groups)
+  return y_td, pre[0].reshape(len(into), save, width) if save else None
 
 
 def backward(
@@ -79,7 +81,8 @@ def backward(
   options = dict(transposed=True, summed=True)
   out = Store(x_td.shape[1], x_td.dtype)
   (dx_pd,) = rows.run('expert_ffn_dx', dpre, narrow, layout, shape, out, **options)
-  dx_td = _combine(dx_pd, None, token_r, plan, layout, x_td.shape[0], groups)
+  place_r = take(layout.slot, plan.position)
+  dx_td = combine(dx_pd, place_r, token_r, None, plan, x_td, groups)
 
   gathered = lambda side, indexed: dict(gathered=side, **indexed) if gather else {}
   results, options = (sides, jnp.dtype(into[0].dtype)), gathered('left', x_indexed)
@@ -87,7 +90,7 @@ def backward(
   results, options = (1, jnp.dtype(w_down.dtype)), gathered('right', dy_indexed)
   (ddown,) = depth.run('expert_ffn_dw_down', hidden, dy, layout, results, **options)
   dinto = tuple(d.astype(w.dtype) for d, w in zip(dinto, into, strict=True))
-  return dx_td.astype(x_td.dtype), dweight_r, dinto, ddown
+  return dx_td, dweight_r, dinto, ddown
 
 
 def _rows(token_r, plan, w_down) -> tuple[Layout, jnp.ndarray, jnp.ndarray]:
@@ -102,16 +105,3 @@ def _rows(token_r, plan, w_down) -> tuple[Layout, jnp.ndarray, jnp.ndarray]:
 def _operand(values, token_p, gather):
   """What a kernel reads, and how it finds the rows."""
   return (values, {'index': token_p}) if gather else (spread(values, token_p), {})
-
-
-def _combine(y_pd, weight_r, token_r, plan, layout, num_tokens, groups):
-  """Adds the rows of each token in float32, times their weights: `[P, D] -> [T, D]`."""
-  position_r = plan.position
-  kept = (position_r < plan.starts[-1])[:, None]
-  y_rd = jnp.where(kept, take(y_pd, take(layout.slot, position_r)), jnp.zeros((), y_pd.dtype))
-  y_rd = y_rd.astype(jnp.float32)
-  if weight_r is not None:
-    y_rd = y_rd * jnp.where(kept, weight_r.astype(jnp.float32)[:, None], 0)
-  if groups == num_tokens:  # token-major rows: a sum in a fixed order
-    return y_rd.reshape(num_tokens, -1, y_rd.shape[1]).sum(axis=1)  # [T, K, D] -> [T, D]
-  return jnp.zeros((num_tokens, y_rd.shape[1]), y_rd.dtype).at[token_r].add(y_rd)

@@ -1,9 +1,4 @@
-"""`expert_ffn` for TPUs: gathers by XLA, matmuls with the activation or its derivative in their epilogue.
-
-Between forward and backward only x and the pre-activations are kept. The backward gathers the rows of x and dy
-anew, and the derivative's kernel gives all that the three gradients of the weights and that of x read (SonicMoE,
-arXiv 2512.14080, section 3).
-"""
+"""`expert_ffn` for TPUs: matmuls of packed rows with the activation or its derivative in their epilogue."""
 
 import functools
 from typing import NamedTuple
@@ -13,18 +8,16 @@ import jax.numpy as jnp
 
 from .. import tpu_tiles
 from ..activations import hidden
-from ..packed import iota, take
+from ..packed import Plan
 from ..registry import Unsupported
 from ..tpu_matmul import Product, Rows, matmul, sum_of_products
 from ..tpu_tiles import Tiles
 from ..visits import visit
+from . import composed
+from .composed import saved_rows as saved_rows
 
+Array = jax.Array
 F32 = jnp.float32
-
-
-def saved_rows(num_rows, num_experts):
-  """See cpu.saved_rows."""
-  return num_rows
 
 
 class _Tiles(NamedTuple):
@@ -66,82 +59,105 @@ def check(x_td, num_rows, into, w_down, save=True) -> _Tiles:
 
 def forward(x_td, token_r, weight_r, plan, into, w_down, *, activation, groups, save):
   """Same values as cpu.forward."""
-  (_, d_ff, d_model), num_rows, count = w_down.shape, token_r.shape[0], len(into)
-  tiles = check(x_td, num_rows, into, w_down, save)
-
-  x_rd = take(x_td, take(token_r, plan.order))
-  pre = (count, save, d_ff)
-  outs = [_type((num_rows, d_ff), x_td), *([_type(pre, x_td)] if save else [])]
-
-  def activate(sums, extras):
-    return [hidden(activation, tuple(sums)), *([tuple(sums)] if save else [])]
-
-  a_rf, *saved = matmul(
-    [Rows(x_rd)],
-    into,
-    visit(plan.starts, num_rows, tiles.up.rows),
-    tiles.up,
-    products=[Product(0, i, i) for i in range(count)],
-    outs=outs,
-    epilogue=activate,
-    name='expert_ffn_up',
-  )
-  visits, out = visit(plan.starts, num_rows, tiles.down.rows), _type((num_rows, d_model), x_td)
-  (y_rd,) = matmul([Rows(a_rf)], [w_down], visits, tiles.down, outs=[out], name='expert_ffn_down')
-  y_td = _combine(y_rd, token_r, weight_r, plan, x_td, groups)
-  return y_td, saved[0] if save else None
+  tiles = check(x_td, token_r.shape[0], into, w_down, save)
+  kernels = _Kernels(tiles, plan, into, w_down, activation)
+  return composed.forward(kernels, x_td, token_r, weight_r, plan, groups=groups, save=save)
 
 
 def backward(x_td, token_r, weight_r, plan, into, w_down, pre, dy_td, *, activation, groups):
   """Same values as cpu.backward."""
-  num_rows = token_r.shape[0]
-  tiles = check(x_td, num_rows, into, w_down)
-  row_token = take(token_r, plan.order)
-  x_rd, dy_rd = take(x_td, row_token), take(dy_td, row_token)
-  weight = jnp.where(iota(num_rows) < plan.starts[-1], take(weight_r, plan.order), 0)
-  dpre, a_rf, dweight = _hidden_gradient(
-    dy_rd, weight, plan, w_down, pre, activation, tiles.dhidden
-  )
-
-  dx_rd = _input_gradient(dpre, plan, into, x_td, tiles.dx)
-  dx_td = _combine(dx_rd, token_r, None, plan, x_td, groups)
-  dweight_r = jnp.where(iota(num_rows) < plan.starts[-1], dweight, 0)
-  dweight_r = take(dweight_r, plan.position).astype(weight_r.dtype)
-
-  rights = [Rows(dpre, i) for i in range(len(into))]
-  dinto = _sums(plan, x_rd, rights, tiles.dup, dtype=into[0].dtype, name='expert_ffn_dup')
-  options = dict(dtype=w_down.dtype, name='expert_ffn_ddown')
-  (ddown,) = _sums(plan, a_rf, [Rows(dy_rd)], tiles.ddown, **options)
-  return dx_td, dweight_r, tuple(dinto), ddown
+  tiles = check(x_td, token_r.shape[0], into, w_down)
+  kernels = _Kernels(tiles, plan, into, w_down, activation)
+  return composed.backward(kernels, x_td, token_r, weight_r, plan, pre, dy_td, groups=groups)
 
 
-def _hidden_gradient(dy_rd, weight_r, plan, w_down, pre, activation, tiles):
-  """(dpre `[1 or 2, R, F]`, weight * a `[R, F]`, <a, dy w_down^T> `[R]`), all in packed order."""
-  num_rows, d_ff, count = dy_rd.shape[0], w_down.shape[1], pre.shape[0]
+class _Kernels(NamedTuple):
+  """See composed.Kernels; gradients of pre-activations are `[1 or 2, R, F]`."""
 
-  def differentiate(sums, extras):
-    (da_wf,), (pre_wf, weight_w) = sums, extras
-    a_wf, pull = jax.vjp(lambda p: hidden(activation, p), tuple(p.astype(F32) for p in pre_wf))
-    weight_w1 = _as_column(weight_w)
-    (dpre_wf,) = pull(da_wf * weight_w1)
-    return [dpre_wf, a_wf * weight_w1, _sum_of_columns(a_wf * da_wf)]
+  tiles: _Tiles
+  plan: Plan
+  into: tuple[Array, ...]
+  w_down: Array
+  activation: str
 
-  dpre, a_rf, partial = matmul(
-    [Rows(dy_rd)],
-    [w_down],
-    visit(plan.starts, num_rows, tiles.rows),
-    tiles,
-    transpose_rhs=True,
-    extras=[Rows(pre), Rows(weight_r.astype(F32)[None, :], lanes=True)],
-    outs=[
-      _type((count, num_rows, d_ff), dy_rd),
-      _type((num_rows, d_ff), dy_rd),
-      Rows(jax.ShapeDtypeStruct((d_ff // tiles.columns, 1, num_rows), F32), lanes=True),
-    ],
-    epilogue=differentiate,
-    name='expert_ffn_dhidden',
-  )
-  return dpre, a_rf, jnp.sum(partial, axis=(0, 1))
+  def up(self, x_rd, save):
+    (num_rows, _), d_ff, count = x_rd.shape, self.w_down.shape[1], len(self.into)
+    outs = [_type((num_rows, d_ff), x_rd), *([_type((count, save, d_ff), x_rd)] if save else [])]
+
+    def activate(sums, extras):
+      return [hidden(self.activation, tuple(sums)), *([tuple(sums)] if save else [])]
+
+    a_rf, *saved = matmul(
+      [Rows(x_rd)],
+      self.into,
+      visit(self.plan.starts, num_rows, self.tiles.up.rows),
+      self.tiles.up,
+      products=[Product(0, i, i) for i in range(count)],
+      outs=outs,
+      epilogue=activate,
+      name='expert_ffn_up',
+    )
+    return a_rf, saved[0] if save else None
+
+  def down(self, a_rf):
+    num_rows, tiles = a_rf.shape[0], self.tiles.down
+    visits = visit(self.plan.starts, num_rows, tiles.rows)
+    outs = [_type((num_rows, self.w_down.shape[2]), a_rf)]
+    return matmul([Rows(a_rf)], [self.w_down], visits, tiles, outs=outs, name='expert_ffn_down')[0]
+
+  def hidden_gradient(self, dy_rd, weight_r, pre):
+    num_rows, d_ff, count = dy_rd.shape[0], self.w_down.shape[1], pre.shape[0]
+    tiles, activation = self.tiles.dhidden, self.activation
+
+    def differentiate(sums, extras):
+      (da_wf,), (pre_wf, weight_w) = sums, extras
+      a_wf, pull = jax.vjp(lambda p: hidden(activation, p), tuple(p.astype(F32) for p in pre_wf))
+      weight_w1 = _as_column(weight_w)
+      (dpre_wf,) = pull(da_wf * weight_w1)
+      return [dpre_wf, a_wf * weight_w1, _sum_of_columns(a_wf * da_wf)]
+
+    dpre, a_rf, partial = matmul(
+      [Rows(dy_rd)],
+      [self.w_down],
+      visit(self.plan.starts, num_rows, tiles.rows),
+      tiles,
+      transpose_rhs=True,
+      extras=[Rows(pre), Rows(weight_r.astype(F32)[None, :], lanes=True)],
+      outs=[
+        _type((count, num_rows, d_ff), dy_rd),
+        _type((num_rows, d_ff), dy_rd),
+        Rows(jax.ShapeDtypeStruct((d_ff // tiles.columns, 1, num_rows), F32), lanes=True),
+      ],
+      epilogue=differentiate,
+      name='expert_ffn_dhidden',
+    )
+    return dpre, a_rf, jnp.sum(partial, axis=(0, 1))
+
+  def input_gradient(self, dpre):
+    count, num_rows, _ = dpre.shape
+    return matmul(
+      [Rows(dpre, i) for i in range(count)],
+      self.into,
+      visit(self.plan.starts, num_rows, self.tiles.dx.rows),
+      self.tiles.dx,
+      products=[Product(i, i, 0) for i in range(count)],
+      transpose_rhs=True,
+      outs=[_type((num_rows, self.w_down.shape[2]), dpre)],
+      name='expert_ffn_dx',
+    )[0]
+
+  def weight_gradients(self, x_rd, dpre, a_rf, dy_rd):
+    rights = [Rows(dpre, i) for i in range(len(self.into))]
+    options = dict(dtype=self.into[0].dtype, name='expert_ffn_dup')
+    dinto = self._sums(x_rd, rights, self.tiles.dup, **options)
+    options = dict(dtype=self.w_down.dtype, name='expert_ffn_ddown')
+    (ddown,) = self._sums(a_rf, [Rows(dy_rd)], self.tiles.ddown, **options)
+    return tuple(dinto), ddown
+
+  def _sums(self, left, right, tiles, **options):
+    """Sums over the rows of each expert."""
+    visits = visit(self.plan.starts, left.shape[0], tiles.rows, empty=True)
+    return sum_of_products(Rows(left), right, visits, tiles, **options)
 
 
 def _as_column(row):
@@ -154,41 +170,6 @@ def _sum_of_columns(x):
   width = 128 if x.shape[1] % 128 == 0 else x.shape[1]
   folded = functools.reduce(jnp.add, [x[:, i : i + width] for i in range(0, x.shape[1], width)])
   return jnp.sum(folded.T, axis=0, keepdims=True)
-
-
-def _input_gradient(dpre, plan, into, x_td, tiles):
-  """`dgate w_gate^T + dup w_up^T` in packed order."""
-  (count, num_rows, _), d_model = dpre.shape, x_td.shape[1]
-  return matmul(
-    [Rows(dpre, i) for i in range(count)],
-    into,
-    visit(plan.starts, num_rows, tiles.rows),
-    tiles,
-    products=[Product(i, i, 0) for i in range(count)],
-    transpose_rhs=True,
-    outs=[_type((num_rows, d_model), x_td)],
-    name='expert_ffn_dx',
-  )[0]
-
-
-def _sums(plan, left, right, tiles, **options):
-  """Gradients of weights: sums over the rows of each expert."""
-  visits = visit(plan.starts, left.shape[0], tiles.rows, empty=True)
-  return sum_of_products(Rows(left), right, visits, tiles, **options)
-
-
-def _combine(y_rd, token_r, weight_r, plan, x_td, groups):
-  """The weighted sum of each token's packed rows, in the type of `x`; weights of one where there are none."""
-  num_tokens = x_td.shape[0]
-  kept_r = plan.position < plan.starts[-1]
-  y_rd = jnp.where(kept_r[:, None], take(y_rd, plan.position).astype(F32), 0)
-  if weight_r is not None:
-    y_rd = y_rd * jnp.where(kept_r, weight_r.astype(F32), 0)[:, None]
-  if groups == num_tokens:  # token-major rows: the sum has a fixed order
-    y_td = y_rd.reshape(num_tokens, -1, y_rd.shape[1]).sum(axis=1)
-  else:
-    y_td = jnp.zeros(x_td.shape, F32).at[token_r].add(y_rd)
-  return y_td.astype(x_td.dtype)
 
 
 def _type(shape, like):

@@ -81,7 +81,6 @@ def test_widths_that_a_body_does_not_take_are_refused_while_they_are_traced(monk
   [
     ({'model.moe.dispatch': 'einsum'}, "must be 'auto' with model.moe.dispatch='einsum'"),
     ({'model.moe.kind': 'peer'}, "must be 'auto' with model.moe.kind='peer'"),
-    ({'model.moe.implementation': 'ampere'}, "or 'reference' unless model.moe.dispatch='sorted'"),
     (
       {'model.moe.router': {'name': 'soft'}, 'allow_leak': True},
       "router 'soft', whose slots are batched matmuls: accepted is 'auto'",

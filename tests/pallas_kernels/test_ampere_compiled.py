@@ -1,8 +1,10 @@
-"""The body for Ampere compiled to sm_80 machine code, without a GPU: what it asks of the multiprocessor.
+"""The bodies for Ampere compiled to sm_80 machine code, without a GPU: what it asks of the multiprocessor.
 
 Needs jax 0.11 or newer, so Python 3.12, and what test_gpu_compiled.py needs. That a kernel compiles so proves no
 ordering of memory and no speed.
 """
+
+import collections
 
 import pytest
 from jax.experimental.pallas import mosaic_gpu
@@ -15,6 +17,8 @@ SCRIPT = 'tests/pallas_kernels/aot/compile_for_a100.py'
 # Of a multiprocessor; each block takes 1024 bytes more than it asks for, and Ada gives a block at most 99 KiB.
 THREADS, REGISTERS, SHARED_MEMORY, RESERVED, ADA = 128, 65536, 164 * 1024, 1024, 99 * 1024
 
+TYPES = {'wide': 'bf16', 'narrow': 'f16', 'layer': 'bf16', 'plain layer': 'f16'}
+
 
 @pytest.fixture(scope='module')
 def kernels(tmp_path_factory):
@@ -24,10 +28,17 @@ def kernels(tmp_path_factory):
   return facts(SCRIPT, tmp_path_factory.mktemp('kernels'))
 
 
-def test_value_and_both_gradients_are_compiled_for_sm_80(kernels):
-  """In two programs: the value, the gradient of the rows by the same kernel, that of the matrices."""
-  names = sorted(row['kernel'].rstrip('0123456789') for row in kernels)
-  assert names == ['grouped_matmul_'] * 4 + ['grouped_matmul_drhs_'] * 2
+def test_value_and_gradients_are_compiled_for_sm_80(kernels):
+  """Of a product the value and the gradient of the rows are one kernel, that of the matrices another.
+
+  Those of gate and up, of one shape, are compiled once.
+  """
+  names = {program: [] for program in TYPES}
+  for row in kernels:
+    names[row['program']].append(row['kernel'].rstrip('0123456789'))
+  found = {program: sorted(collections.Counter(kind).items()) for program, kind in names.items()}
+  count = lambda shapes: [('grouped_matmul_', 2 * shapes), ('grouped_matmul_drhs_', shapes)]
+  assert found == {'wide': count(1), 'narrow': count(1), 'layer': count(2), 'plain layer': count(2)}
   assert {row['target'] for row in kernels} == {'sm_80'}
 
 
@@ -44,7 +55,7 @@ def test_products_are_those_of_the_tensor_cores_and_their_operands_come_four_mat
 ):
   for row in kernels:
     assert row['products'] == ['m16n8k16'] and row['loads of operands'] > 0, row
-    assert row['types'] == [{'wide': 'bf16', 'narrow': 'f16'}[row['program']]], row
+    assert row['types'] == [TYPES[row['program']]], row
 
 
 def test_copies_are_asynchronous_in_pieces_of_16_bytes_and_results_leave_in_such(kernels):

@@ -10,9 +10,11 @@ import pytest
 
 from pallas_kernels import Unsupported, chips, grouped_matmul
 from pallas_kernels.ampere import machine
+from pallas_kernels.expert_ffn.cases import CASES as FFN_CASES
 from pallas_kernels.grouped_matmul.cases import CASES
 from tests.pallas_kernels import products
 from tests.pallas_kernels.test_ampere import ROUNDING
+from tests.pallas_kernels.test_ampere_ffn import TOLERANCE
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +50,18 @@ def test_grouped_matmul_on_ampere(case, transpose_rhs, dtype):
   found, wanted = value_and_gradients(case, dtype, transpose_rhs)
   for name in wanted:
     assert products.distance(found[name], wanted[name]) < ROUNDING[dtype], name
+
+
+@pytest.mark.parametrize('case', FFN_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(('activation', 'gated'), [('silu', True), ('relu2', False)])
+@pytest.mark.parametrize('dtype', TOLERANCE)
+def test_expert_ffn_on_ampere(case, activation, gated, dtype):
+  arrays = products.ffn_inputs(case, dtype, 256, 384)
+  options = dict(activation=activation, gated=gated)
+  found = products.ffn(arrays, 'ampere', **options)
+  wanted = products.ffn_by_reference(arrays, **options)
+  for name in wanted:
+    assert products.distance(found[name], wanted[name]) < TOLERANCE[dtype], name
 
 
 def test_a_second_run_gives_the_same_bits():

@@ -26,6 +26,7 @@ from tests.conftest import ROOT
 from tests.pallas_kernels import (
   test_ampere,
   test_ampere_compiled,
+  test_ampere_ffn,
   test_exchange_matmul,
   test_expert_ffn,
   test_gpu_compiled,
@@ -48,7 +49,7 @@ TESTS = {
 }
 # Tests that run a body and that compile it.
 OF_NVIDIA = {
-  'ampere': ((test_ampere,), test_ampere_compiled),
+  'ampere': ((test_ampere, test_ampere_ffn), test_ampere_compiled),
   'gpu': ((test_gpu_interpreted, test_gpu_quantised), test_gpu_compiled),
 }
 ROWS = [(op, body) for op, bodies in status.TABLE.items() for body in bodies]

@@ -1,7 +1,7 @@
-"""Compiles grouped_matmul for an A100 on a machine without one and prints what came out, a JSON object a kernel.
+"""Compiles grouped_matmul and expert_ffn for an A100 on a machine without one and prints what came out.
 
-Run by test_ampere_compiled.py in a process of its own, as compile_for_h200.py is by its test. Needs jax 0.11 or newer,
-the wheels of the extra `aot_cuda` and a `ptxas`.
+A JSON object a kernel. Run by test_ampere_compiled.py in a process of its own, as compile_for_h200.py is by its test.
+Needs jax 0.11 or newer, the wheels of the extra `aot_cuda` and a `ptxas`.
 """
 
 import json
@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import packed
+from pallas_kernels.expert_ffn import ampere as ffn_body
 from pallas_kernels.grouped_matmul import ampere
 
 HERE = pathlib.Path(__file__).parent
@@ -37,9 +39,29 @@ def matmul(rows, dtype, *, transpose_rhs, weights):
   return run, (lhs, struct((experts, *matrix), weights), starts, dout)
 
 
+def layer(tokens, choices, experts, dtype, *, weights, sides=2):
+  """Value and all gradients of expert_ffn."""
+  width, hidden = 1536, 256
+  token = np.arange(tokens * choices, dtype=np.int32) // choices
+
+  def run(x, weight, expert, into, down, dy):
+    rows = jnp.asarray(token), weight, packed.sort_rows(expert, experts)
+    options = dict(activation='silu', groups=tokens)
+    y, pre = ffn_body.forward(x, *rows, into, down, **options, save=tokens * choices)
+    return y, ffn_body.backward(x, *rows, into, down, pre, dy, **options)
+
+  struct = jax.ShapeDtypeStruct
+  x, row = struct((tokens, width), dtype), (tokens * choices,)
+  rows = struct(row, jnp.float32), struct(row, jnp.int32)
+  into = (struct((experts, width, hidden), weights),) * sides
+  return run, (x, *rows, into, struct((experts, hidden, width), weights), x)
+
+
 PROGRAMS = {
   'wide': lambda: matmul(8192, jnp.bfloat16, transpose_rhs=False, weights=jnp.bfloat16),
   'narrow': lambda: matmul(515, jnp.float16, transpose_rhs=True, weights=jnp.float32),
+  'layer': lambda: layer(2048, 8, 128, jnp.bfloat16, weights=jnp.float32),
+  'plain layer': lambda: layer(333, 1, 8, jnp.float16, weights=jnp.float16, sides=1),
 }
 
 
@@ -76,7 +98,7 @@ def main(folder):
   jax.config.update('jax_default_device', device)  # tells Mosaic that it is none of Hopper's
   sharding = NamedSharding(Mesh(np.array([device]), ('x',)), PartitionSpec())
   for name, make in PROGRAMS.items():
-    scratch = pathlib.Path(folder, name)
+    scratch = pathlib.Path(folder, name.replace(' ', '_'))
     scratch.mkdir()
     os.environ['MOSAIC_GPU_DUMP_TO'] = str(scratch)
     program, arguments = make()
