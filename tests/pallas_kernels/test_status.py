@@ -136,3 +136,16 @@ def test_a_body_takes_the_types_of_its_row_and_no_others(operation, body):
       continue
     with pytest.raises(Unsupported, match='needs jax 0.11' if dtype in taken else dtype):
       ask()
+
+
+@pytest.mark.parametrize(
+  ('operation', 'body'),
+  [row for row in ROWS if row[1] in OF_NVIDIA and row[0] != 'routing'],
+)
+def test_float32_by_name_on_a_gpu_is_refused_with_one_sentence(operation, body):
+  sentence = (
+    f'{operation}: implementation={body!r} multiplies rows of bfloat16 or float16, not float32'
+  )
+  with pytest.raises(Unsupported) as error:
+    jax.eval_shape(lambda: _call(operation, body, 'float32'))
+  assert str(error.value).splitlines()[0] == sentence

@@ -4,6 +4,7 @@ A JSON object a kernel. Run by test_ampere_compiled.py in a process of its own, 
 Needs jax 0.11 or newer, the wheels of the extra `aot_cuda` and a `ptxas`.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -17,10 +18,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import packed
+from pallas_kernels.ampere import machine
+from pallas_kernels.ampere import rows as ampere_rows
 from pallas_kernels.expert_ffn import ampere as ffn_body
 from pallas_kernels.grouped_matmul import ampere
 
 HERE = pathlib.Path(__file__).parent
+EMULATED = 128, 256  # widths of the matrices
 
 
 def matmul(rows, dtype, *, transpose_rhs, weights):
@@ -65,6 +69,28 @@ PROGRAMS = {
 }
 
 
+def emulated(name):
+  """A kernel of grouped_matmul, small enough to run on a CPU instruction by instruction (test_ampere_emulated.py).
+
+  `name`: 'out', 'dlhs' or 'drhs', type of the rows, their number, and type of the result, with '-' between.
+  """
+  part, dtype, rows, result = name.split('-')
+  struct = jax.ShapeDtypeStruct
+  dtype, num_rows, (width_in, width_out), experts = jnp.dtype(dtype), int(rows), EMULATED, 3
+  rows = {'lhs': struct((num_rows, width_in), dtype), 'dout': struct((num_rows, width_out), dtype)}
+  starts = struct((experts + 1,), jnp.int32)
+  if part == 'drhs':
+
+    def sums(left, right, starts):
+      return ampere_rows.sums(machine.HARDWARE, left, right, starts, jnp.dtype(result))
+
+    return sums, (rows['lhs'], rows['dout'], starts)
+  matrices = struct((experts, width_in, width_out), dtype)
+  options = dict(transpose_rhs=part == 'dlhs')
+  run = functools.partial(ampere.forward, **options)
+  return run, (rows['lhs' if part == 'out' else 'dout'], matrices, starts)
+
+
 def facts(folder):
   """What each dumped kernel asks of the machine."""
   for path in sorted(pathlib.Path(folder).glob('*.ptx')):
@@ -87,7 +113,9 @@ def facts(folder):
     }
 
 
-def main(folder):
+def main(folder, *names):
+  """Compiles PROGRAMS, or those of `names` that `emulated` knows."""
+  programs = {name: functools.partial(emulated, name) for name in names} or PROGRAMS
   for what in ('PTX', 'PTXAS', 'MLIR_PASSES'):
     os.environ[f'MOSAIC_GPU_DUMP_{what}'] = '1'
   config = ''.join(
@@ -97,7 +125,7 @@ def main(folder):
   device = topologies.get_topology_desc(**described).devices[0]
   jax.config.update('jax_default_device', device)  # tells Mosaic that it is none of Hopper's
   sharding = NamedSharding(Mesh(np.array([device]), ('x',)), PartitionSpec())
-  for name, make in PROGRAMS.items():
+  for name, make in programs.items():
     scratch = pathlib.Path(folder, name.replace(' ', '_'))
     scratch.mkdir()
     os.environ['MOSAIC_GPU_DUMP_TO'] = str(scratch)

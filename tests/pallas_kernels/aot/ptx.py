@@ -1,9 +1,11 @@
-"""The PTX of a warp-specialised kernel run on a CPU, one warpgroup after the other, in NumPy over its 128 threads.
+"""PTX run on a CPU, in NumPy over the 128 threads of a warpgroup, which go through it together.
 
 For kernels whose registers hold what no interpreter of Pallas knows. It knows the instructions that such kernels have
-had so far and refuses others. Barriers order nothing here: the loading warpgroup runs first and its bulk copies are
-kept; a consumer that waits for a stage gets the copies that complete it. wgmma follows the fragments and the swizzle of
-128 bytes of the PTX ISA (sections 9.7.15, matrix fragments and descriptors), and bulk copies that swizzle.
+had so far and refuses others. Barriers order nothing here. Kernels of Ampere: ptx_ampere.py.
+
+Of a warp-specialised kernel of Hopper the loading warpgroup runs first and its bulk copies are kept; a consumer that
+waits for a stage gets the copies that complete it. wgmma follows the fragments and the swizzle of 128 bytes of the PTX
+ISA (sections 9.7.15, matrix fragments and descriptors), and bulk copies that swizzle.
 """
 
 import operator
@@ -55,8 +57,24 @@ def parse(text):
   return program, labels
 
 
+def _integers(x, kind):
+  """The integers of a type in registers, signed ones as int64."""
+  bits = int(kind[1:])
+  signed = kind[0] == 's'
+  values = x.astype(f'uint{bits}')
+  return values.view(f'int{bits}').astype(np.int64) if signed else values.astype(U)
+
+
 def _signed(x):
-  return x.astype(np.uint32).view(np.int32).astype(np.int64)
+  return _integers(x, 's32')
+
+
+def _narrowed(x, op):
+  """What a register of the width of the result keeps."""
+  if op.endswith('64') or '.wide' in op or op.startswith(('cvt.u64', 'cvt.s64')):
+    return x.astype(U)
+  half = op.endswith('16') and not op.startswith('cvt.u32') and not op.startswith('cvt.f32')
+  return x.astype(U) & U(0xFFFF if half else 0xFFFFFFFF)
 
 
 def _floats(x):
@@ -73,8 +91,8 @@ def _packed(first, second, kind):
   return pair.view(np.uint16).view(np.uint32).reshape(-1).astype(U)
 
 
-class Warpgroup:
-  """Runs one warpgroup of block `block`.
+class Threads:
+  """Runs the threads of one warpgroup of block `block`.
 
   Args:
     text: the PTX.
@@ -83,16 +101,12 @@ class Warpgroup:
     memory: bytes of global memory.
     index: of the warpgroup.
     block: of the grid.
-    load: `(warpgroup, shared address, coordinates, barrier)` for each bulk copy to shared memory.
-    store: `(warpgroup, shared address, coordinates)` for each copy back.
-    wait: `(warpgroup, barrier)`.
   """
 
-  def __init__(self, text, parameters, shared, memory, index, block, *, load, store, wait):
+  def __init__(self, text, parameters, shared, memory, index, block):
     self.program, self.labels = parse(text)
     self.parameters, self.spaces = parameters, {'shared': shared, 'global': memory}
     self.index, self.block = index, block
-    self.load, self.store, self.wait = load, store, wait
     self.registers = {}
     self.conflicts = 0  # lanes that read different words of one bank, at most
 
@@ -115,6 +129,9 @@ class Warpgroup:
         self.step(op, rest, predicate)
 
   def value(self, name):
+    if name.startswith('{'):  # of two halves
+      low, high = (self.value(half) for half in _list(name))
+      return low | high << U(16)
     if name in self.registers:
       return self.registers[name]
     if name.startswith('%tid'):
@@ -123,22 +140,21 @@ class Warpgroup:
       return np.full(THREADS, self.block, U)
     if name == '__dynamic_shmem__0' or '_param_' in name:  # descriptors of bulk copies
       name = '0'
-    return np.full(THREADS, int(name, 0) % 2**64, U)
+    value = int(name[2:], 16) if name.startswith('0f') else int(name, 0)
+    return np.full(THREADS, value % 2**64, U)
 
   def address(self, text):
     name, offset = re.match(r'\[([^\]+]+?)(?:\+(-?\d+))?\]', text).groups()
     return self.value(name).astype(np.int64) + int(offset or 0)
 
   def step(self, op, rest, predicate):
-    family = op.split('.')[0]
     operands = re.findall(r'\{[^}]*\}|\[[^\]]*\{[^}]*\}[^\]]*\]|\[[^\]]*\]|[^,\s]+', rest)
-    if op.startswith('mbarrier.try_wait'):
-      self.wait(self, int(self.address(operands[1])[0]))
-    elif op.startswith('cp.async.bulk.tensor'):
-      self.bulk_copy(operands, predicate)
-    elif op.startswith('wgmma.mma_async'):
-      self.multiply(op, operands)
-    elif op.startswith('ld.param'):
+    self.execute(op, operands, predicate)
+
+  def execute(self, op, operands, predicate):
+    del predicate  # only copies have one, besides branches
+    family = op.split('.')[0]
+    if op.startswith('ld.param'):
       index = int(operands[1].strip('[]').rsplit('_', 1)[1])
       self.registers[operands[0]] = np.full(THREADS, self.parameters[index], U)
     elif family in ('ld', 'st'):
@@ -146,13 +162,16 @@ class Warpgroup:
     elif family == 'elect':
       self.registers[operands[0].split('|')[1]] = np.arange(THREADS) % 32 == 0
     elif operands[0].startswith('{'):  # mov.b32 {low, high}, pair
-      halves = _list(operands[0])
-      for i, name in enumerate(halves):
+      for i, name in enumerate(_list(operands[0])):
         self.registers[name] = self.value(operands[1]) >> U(16 * i) & U(0xFFFF)
+    elif op.startswith('setp') and op.endswith('x2'):  # setp.ge.f16x2 low|high, a, b
+      _, comparison, kind = op.split('.')
+      sides = [_pairs(self.value(name), kind[:-2]) for name in operands[1:]]
+      found = getattr(operator, comparison)(*sides)
+      self.registers.update(zip(operands[0].split('|'), found.T, strict=True))
     else:
       result = self.compute(op, [self.value(name) for name in operands[1:]], operands)
-      wide = op.endswith('64') or '.wide' in op or result.dtype == bool
-      self.registers[operands[0]] = result if wide else result.astype(U) & U(0xFFFFFFFF)
+      self.registers[operands[0]] = result if result.dtype == bool else _narrowed(result, op)
 
   def compute(self, op, x, operands):
     """The value of an arithmetic instruction of the operands `x`."""
@@ -168,42 +187,77 @@ class Warpgroup:
     if family == 'shl':
       return x[0] << x[1]
     if family == 'shr':
-      return (_signed(x[0]) >> x[1].astype(np.int64)).astype(U) if kind == 's32' else x[0] >> x[1]
+      value = _integers(x[0], kind)
+      return (value >> x[1].astype(value.dtype)).astype(U)
     if family == 'bfe':
       return x[0] >> x[1] & U(2 ** int(operands[3]) - 1)
-    if family == 'cvt' and kind in ('u32', 'u64') and parts[0] in ('u16', 'u32', 'u64'):
-      return x[0] & U(0xFFFF if parts[0] == 'u16' else 0xFFFFFFFF)
+    if family == 'selp':
+      return np.where(x[2], x[0], x[1])
     if family == 'setp':
       return self.compare(parts, kind, x)
-    if 'f' in kind or 'e4m3' in kind:
+    if family == 'cvt' and 'f' not in op:
+      return _integers(_integers(x[0], kind).astype(U), parts[0]).astype(U)
+    if 'f' in kind or 'e4m3' in kind or family == 'cvt':
       return _float_arithmetic(op, x)
     return _integer_arithmetic(op, x)
 
   def compare(self, parts, kind, x):
     assert parts[0] in COMPARISONS
-    sides = [_signed(side) for side in x[:2]] if kind == 's32' else x[:2]
+    sides = [_floats(side) if kind == 'f32' else _integers(side, kind) for side in x[:2]]
     found = getattr(operator, parts[0])(*sides)
     return BITS[parts[1]](found, x[2]) if parts[1:] else found
 
   def move(self, op, operands):
-    """Loads and stores of one, two or four words."""
+    """Loads and stores of one, two or four words; addresses that name no space are of global memory."""
     _, space, *_, kind = op.split('.')
     size = int(kind[1:]) // 8
     registers, place = operands if op.startswith('ld') else operands[::-1]
-    names = _list(registers)
-    place, memory = self.address(place), self.spaces[space.partition(':')[0]]
-    assert (place % (size * len(names)) == 0).all(), op
+    names, place = _list(registers), self.address(place)
+    memory = self.spaces.get(space.partition(':')[0], self.spaces['global'])
+    width = size * len(names)
+    assert (place % width == 0).all() and (place >= 0).all(), op
     for i, name in enumerate(names):
       where = (place + i * size)[:, None] + np.arange(size)
       shifts = (8 * np.arange(size)).astype(U)
       if op.startswith('ld'):
-        self.registers[name] = (memory[where].astype(U) << shifts).sum(axis=1, dtype=U)
+        read = (memory[where].astype(U) << shifts).sum(axis=1, dtype=U)
+        wide = kind == 's32' and name.startswith('%rd')
+        self.registers[name] = _integers(read, kind).astype(U) if wide else read
       else:
         memory[where] = (self.value(name)[:, None] >> shifts & U(255)).astype(np.uint8)
     if op.startswith('ld.shared'):
-      for warp in place.reshape(4, 32):
-        banks = np.bincount(np.unique(warp // 4) % 32)
-        self.conflicts = max(self.conflicts, int(banks.max()))
+      self.count_conflicts(place, width)
+
+  def count_conflicts(self, place, width):
+    """Of reads of `width` bytes a thread, as many threads at a time as read 128 bytes, at most a warp."""
+    for part in place.reshape(-1, min(32, 128 // width)):
+      banks = np.bincount(np.unique((part[:, None] + np.arange(0, width, 4)) // 4) % 32)
+      self.conflicts = max(self.conflicts, int(banks.max()))
+
+
+class Warpgroup(Threads):
+  """A warpgroup of Hopper.
+
+  Args:
+    args: of `Threads`.
+    load: `(warpgroup, shared address, coordinates, barrier)` for each bulk copy to shared memory.
+    store: `(warpgroup, shared address, coordinates)` for each copy back.
+    wait: `(warpgroup, barrier)`.
+  """
+
+  def __init__(self, *args, load, store, wait):
+    super().__init__(*args)
+    self.load, self.store, self.wait = load, store, wait
+
+  def execute(self, op, operands, predicate):
+    if op.startswith('mbarrier.try_wait'):
+      self.wait(self, int(self.address(operands[1])[0]))
+    elif op.startswith('cp.async.bulk.tensor'):
+      self.bulk_copy(operands, predicate)
+    elif op.startswith('wgmma.mma_async'):
+      self.multiply(op, operands)
+    else:
+      super().execute(op, operands, predicate)
 
   def bulk_copy(self, operands, predicate):
     assert predicate.sum() == 1
@@ -260,8 +314,14 @@ def _float_arithmetic(op, x):
     case ['cvt', 'rn', 'f16x2', 'e4m3x2']:
       pairs = x[0].astype(np.uint16).view(np.uint8).view(ml_dtypes.float8_e4m3fn).reshape(-1, 2)
       return _packed(*pairs.astype(np.float32).T, 'f16')
-    case ['cvt', 'f32', 'f16']:
-      return x[0].astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+    case ['cvt', 'f32', 'f16' | 'bf16' as kind]:
+      return x[0].astype(np.uint16).view(TYPES[kind]).astype(np.float32).view(np.uint32)
+    case ['cvt', 'rn', 'f16' | 'bf16' as kind, 'f32']:
+      return _floats(x[0]).astype(TYPES[kind]).view(np.uint16)
+    case ['cvt', 'rn', 'f32', 's32']:
+      return _signed(x[0]).astype(np.float32).view(np.uint32)
+    case ['cvt', 'rn', 'f16', 's32']:
+      return _signed(x[0]).astype(np.float16).view(np.uint16)
     case ['cvt', 'rn', kind, 'f32'] if kind.endswith('x2'):
       return _packed(_floats(x[1]), _floats(x[0]), kind[:-2])
     case ['mul', 'rn', 'f32']:
@@ -271,18 +331,19 @@ def _float_arithmetic(op, x):
 
 def _integer_arithmetic(op, x):
   family, *_, kind = op.split('.')
-  signed = [_signed(side) for side in x] if kind == 's32' else x
+  sides = [_integers(side, kind) for side in x]
   match op.split('.')[:2]:
     case ['mul', 'hi']:
-      return (signed[0] * signed[1] >> 32).astype(U)
+      product = [int(a) * int(b) >> int(kind[1:]) for a, b in zip(*sides, strict=True)]
+      return np.array([value % 2**64 for value in product], U)
     case ['mad', 'lo']:
-      return (signed[0] * signed[1] + signed[2]).astype(U)
+      return (sides[0] * sides[1] + sides[2]).astype(U)
     case ['div', _]:
-      return np.trunc(signed[0] / signed[1]).astype(np.int64).astype(U)
+      return np.trunc(sides[0] / sides[1]).astype(np.int64).astype(U)
     case ['min' | 'max', _]:
-      return getattr(np, f'{family}imum')(*signed).astype(U)
+      return getattr(np, f'{family}imum')(*sides).astype(U)
   if family in SUMS:
-    return SUMS[family](*signed).astype(U)
+    return SUMS[family](*sides).astype(U)
   raise NotImplementedError(op)
 
 
