@@ -96,8 +96,8 @@ body asked for by name never falls back, it raises `Unsupported`, on chips that 
 config takes one by `model.moe.implementation`; `scripts/bench_kernels.py` ends with which is the fastest where it runs.
 
 On GPUs the bodies that multiply take rows of 16 bits only: of float32 the tensor cores would read 10 bits of the
-mantissa, and a body never computes with less than it was given. There float32 runs on `blocks`, XLA's batched matmuls
-of padded blocks, whose precision is what `jax_default_matmul_precision` says.
+mantissa. There float32 runs on `blocks`, XLA's batched matmuls of padded blocks, whose precision is what
+`jax_default_matmul_precision` says.
 
 This file is printed by `scripts/python -m pallas_kernels.status`; a test compares them, and the table with the code.
 """
