@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from moejax.moe.zero_computation import ZeroExperts, rows_of_bank
 from moejax.routers import Flags, Router, count_option, make_router
 from moejax.routers.expert_choice import from_groups, to_groups
 from moejax.routers.router import as_batch, as_given
+from moejax.sizes import check_made_of
 from moejax.transformer.flops import moe_flops_per_token
 from moejax.transformer.linear import Linear, RMSNorm
 
@@ -101,7 +101,9 @@ class MoE(nnx.Module):
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
-    _check_sizes(d_model, d_ff, num_experts, granularity, num_shared, shared_mix)
+    sizes = dict(d_model=d_model, d_ff=d_ff, num_experts=num_experts, granularity=granularity)
+    check_made_of(rngs, **sizes)
+    _check_sizes(d_ff, granularity, num_shared, shared_mix)
     _check_functions(dispatch, exchange)
     losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)
     check_losses(losses)
@@ -289,18 +291,7 @@ class MoE(nnx.Module):
     return from_groups(y_bsd, 'position', shape) if plan.across else y_bsd
 
 
-def _check_sizes(
-  d_model: int, d_ff: int, num_experts: int, granularity: int, num_shared: int, shared_mix: bool
-) -> None:
-  sizes = {
-    'd_model': d_model,
-    'd_ff': d_ff,
-    'num_experts': num_experts,
-    'granularity': granularity,
-  }
-  for key, value in sizes.items():
-    if not isinstance(value, numbers.Integral) or value < 1:
-      raise ValueError(f'{key}={value}: accepted are integers from 1')
+def _check_sizes(d_ff: int, granularity: int, num_shared: int, shared_mix: bool) -> None:
   if num_shared < 0:
     raise ValueError(f'num_shared={num_shared}: accepted are integers from 0')
   if shared_mix and not num_shared:
@@ -319,11 +310,19 @@ def _check_functions(dispatch: Dispatch, exchange: Exchange) -> None:
 
 
 def _as_router(
-  router: str | Mapping[str, Any] | Router, granularity: int, *, num_experts: int, **sizes
+  router: str | Mapping[str, Any] | Router,
+  granularity: int,
+  *,
+  d_model: int,
+  num_experts: int,
+  rngs: nnx.Rngs,
 ) -> Router:
   """The router that is given, or that is named, for all experts of a layer."""
   if not isinstance(router, Router):
-    router = _make_router(router, granularity, num_experts=num_experts, **sizes)
+    sizes: dict[str, Any] = {'d_model': d_model, 'num_experts': num_experts}
+    router = _make_router(router, granularity, **sizes, rngs=rngs)
+  if router.d_model not in (None, d_model):
+    raise ValueError(f'router of d_model={router.d_model} in a layer of d_model={d_model}')
   if router.num_experts != num_experts:
     raise ValueError(f'router of {router.num_experts} experts in a layer of {num_experts}')
   return router

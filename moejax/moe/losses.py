@@ -8,6 +8,8 @@ gradient), P_e the mean probability (sums to one).
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -170,12 +172,15 @@ LOSSES: dict[str, Callable[[RoutingStats], Array]] = {
 }
 """Short name -> loss."""
 
+# Certain or uncertain choices, full or empty experts: either may be what is wanted
+_EITHER_SIGN = ('entropy', 'load_concentration', 'mutual_information', 'sparsity')
+
 
 def weighted_losses(stats: RoutingStats, coefficients: dict[str, float]) -> dict[str, Array]:
   """Name -> coefficient * loss.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: as `check_losses`.
   """
   check_losses(coefficients)
   return {
@@ -185,10 +190,17 @@ def weighted_losses(stats: RoutingStats, coefficients: dict[str, float]) -> dict
 
 
 def check_losses(coefficients: dict[str, float]) -> None:
-  """Raises ValueError for a name that is not in `LOSSES`."""
-  for name in coefficients:
+  """Raises ValueError for a name that is not in `LOSSES`, or a coefficient that no training could use."""
+  for name, value in coefficients.items():
     if name not in LOSSES:
       raise ValueError(f'loss {name!r}: accepted are {", ".join(LOSSES)}')
+    if isinstance(value, jax.Array):  # of a caller who makes it anew each step
+      continue
+    least = -math.inf if name in _EITHER_SIGN else 0
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < least:
+      which = 'finite numbers' if name in _EITHER_SIGN else 'finite numbers from 0'
+      raise ValueError(f'losses[{name!r}]={value!r}: accepted are {which}')
 
 
 def _mean(total: Array, stats: RoutingStats) -> Array:

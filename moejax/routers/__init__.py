@@ -47,6 +47,7 @@ from moejax.routers.speech_moe import speech_moe
 from moejax.routers.thor import thor
 from moejax.routers.top_k import gshard, switch, token_choice, top_k, vmoe
 from moejax.routers.top_p import top_p
+from moejax.sizes import check_made_of
 
 ROUTERS: dict[str, Callable[..., Router]] = {
   'ada_moe': ada_moe,
@@ -140,7 +141,10 @@ def make_router(name: str, *, d_model: int, num_experts: int, rngs: nnx.Rngs, **
     ValueError: an unknown name or option, or an option out of its range.
   """
   check_router_options(name, options)
-  return find_router(name)(d_model=d_model, num_experts=num_experts, rngs=rngs, **options)
+  check_made_of(rngs, d_model=d_model, num_experts=num_experts)
+  router = find_router(name)(d_model=d_model, num_experts=num_experts, rngs=rngs, **options)
+  router.d_model = d_model
+  return router
 
 
 def find_router(name: str) -> Callable[..., Router]:

@@ -84,7 +84,12 @@ class Router(nnx.Module):
     slots: of soft methods, slots of all experts together.
     feedback: `(y [B, S, D], scores, assignment, context) -> (y, scores)`, what the layer passes its experts' output
       through, so that the router may learn from the gradient there (moejax/routers/classified.py); None for nothing.
+
+  Attributes:
+    d_model: D of a router that `make_router` made; None where it is not known.
   """
+
+  d_model: int | None = None
 
   def __init__(
     self,

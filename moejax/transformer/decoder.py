@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.arrays import Context, ModelStats
+from moejax.sizes import check_made_of
 from moejax.transformer.attention import Attention, Visible, visibility
 from moejax.transformer.block import Block
 from moejax.transformer.depth import Depth, SkippedBlock
@@ -88,6 +89,8 @@ class Decoder(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    sizes = dict(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
+    check_made_of(rngs, **sizes, num_heads=num_heads, d_ff=d_ff)
     head_dim = head_width(d_model, num_heads, head_dim)
     check_attention(num_heads, num_kv_heads, qk_norm, latent, heads, positions, attention)
     self.causal, self.rotates = causal, positions == 'rotary'

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moejax.arrays import Context, ModelStats
+from moejax.sizes import check_made_of
 from moejax.transformer.attention import Attention
 from moejax.transformer.block import Block
 from moejax.transformer.decoder import MakeMixture, head_width, layer_kinds
@@ -68,6 +69,8 @@ class ViT(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    sizes = dict(num_classes=num_classes, d_model=d_model, num_layers=num_layers)
+    check_made_of(rngs, patch_size=patch_size, **sizes, num_heads=num_heads, d_ff=d_ff)
     height, width = grid_shape(image_shape, patch_size)
     if positions not in ('learned', 'sincos'):
       raise ValueError(f"positions={positions!r} is not 'learned' or 'sincos'")

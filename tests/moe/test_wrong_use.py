@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax import Context, MoE
+from moejax import Context, MoE, make_router
 from moejax.moe.exchange import make_exchange
 from moejax.routers.router import as_batch
+from moejax.transformer import Decoder
 
 ROOT = Path(__file__).parents[2]
 X = np.ones((8, 4, 16), np.float32)
@@ -49,11 +50,49 @@ def test_a_router_without_a_name_is_refused():
     layer(router={'k': 2})
 
 
+@pytest.mark.parametrize(
+  ('losses', 'sentence'),
+  [
+    ({'balance': float('nan')}, r"losses\['balance'\]=nan: accepted are finite numbers from 0"),
+    ({'z': float('inf')}, r"losses\['z'\]=inf: accepted are finite numbers from 0"),
+    ({'balance': -0.01}, r"losses\['balance'\]=-0.01: accepted are finite numbers from 0"),
+    ({'entropy': float('-inf')}, r"losses\['entropy'\]=-inf: accepted are finite numbers$"),
+  ],
+)
+def test_coefficients_that_no_training_could_use_are_refused(losses, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    layer(losses=losses)
+
+
+def test_entropy_may_be_rewarded():
+  assert dict(layer(losses={'entropy': -0.1}).losses) == {'entropy': -0.1}
+
+
+def test_a_router_of_another_width_is_refused():
+  router = make_router('top_k', d_model=8, num_experts=4, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='router of d_model=8 in a layer of d_model=16'):
+    layer(router=router)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'sentence'),
+  [
+    ((10, 16, 0, 2, 8), 'num_layers=0: accepted are integers from 1'),
+    ((0, 16, 2, 2, 8), 'vocab_size=0: accepted are integers from 1'),
+    ((10, 16, 2, 2, -1), 'd_ff=-1: accepted are integers from 1'),
+  ],
+)
+def test_models_of_no_size_are_refused(sizes, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    Decoder(*sizes, rngs=nnx.Rngs(0))
+
+
 # What the type checker of these tests would refuse first
 UNCHECKED = """
 import numpy as np
 from flax import nnx
-from moejax import MoE
+from moejax import MoE, make_router
+from moejax.transformer import Decoder, ViT
 
 def layer(**options):
   return MoE(16, 8, 4, rngs=nnx.Rngs(0), **options)
@@ -66,6 +105,12 @@ for wrong in (
   lambda: layer(granularity=2.0),
   lambda: layer()(x, {'train': True}),
   lambda: layer()(x, x[..., 0]),
+  lambda: layer(losses={'balance': 'much'}),
+  lambda: MoE(16, 8, 4, rngs=0),
+  lambda: make_router('top_k', d_model=16, num_experts='4', rngs=nnx.Rngs(0)),
+  lambda: make_router('top_k', d_model=16, num_experts=4, rngs=0),
+  lambda: Decoder(10, 16, 2, 2, 8, rngs=0),
+  lambda: ViT((8, 8, 3), 4, 10, 16, 2, 2, 8, rngs=0),
 ):
   try:
     wrong()
@@ -86,6 +131,10 @@ def test_what_is_no_value_of_its_kind_is_one_sentence_without_a_type_checker():
     'granularity=2.0: accepted are integers from 1',
     'context is a dict: accepted is a moejax.Context, such as Context(mask=...)',
     'context is a ndarray: accepted is a moejax.Context, such as Context(mask=...)',
+    "losses['balance']='much': accepted are finite numbers from 0",
+    'rngs of type int: accepted is flax.nnx.Rngs, as in nnx.Rngs(0)',
+    "num_experts='4': accepted are integers from 1",
+    *['rngs of type int: accepted is flax.nnx.Rngs, as in nnx.Rngs(0)'] * 3,
     '(1, 2, 16)',
   ], done.stderr
 
