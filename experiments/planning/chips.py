@@ -6,6 +6,7 @@ Every figure is that of a published page, whose title stands beside it; what no 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -124,9 +125,29 @@ CHIPS: dict[str, Chip] = {
 }
 """Name in a topology -> facts."""
 
-# Chips of a pod, from the same pages of Google's documentation.
-_LARGEST = {'v4': 4096, 'v5e': 256, 'v5p': 8960, 'v6e': 256, '7x': 9216}
+# Slices that can be had, from the same pages of Google's documentation: of v5e and v6e their tables of 2D shapes; of
+# the others a part of a cube or whole cubes ('TPU types and topologies': AxBxC, A <= B <= C, multiples of 4), with at
+# most so many chips as are scheduled together ('TPU v5p': 96 cubes).
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_IN_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_LARGEST = {'v4': 4096, 'v5p': 6144, '7x': 9216}
+_CUBE = 4**3  # chips
 _NODE = 8  # GPUs
+
+
+@functools.cache
+def slices(kind: str) -> tuple[tuple[int, ...], ...]:
+  """The shapes of a TPU's slices, by chips."""
+  if CHIPS[kind].dims == 2:
+    return _FLAT
+  most = _LARGEST[kind] // _CUBE
+  cubes = [
+    (4 * a, 4 * b, 4 * c)
+    for a in range(1, math.isqrt(most) + 1)
+    for b in range(a, most // a + 1)
+    for c in range(b, most // (a * b) + 1)
+  ]
+  return tuple(sorted((*_IN_A_CUBE, *cubes), key=lambda shape: (math.prod(shape), shape)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,11 +191,28 @@ def parse_topology(name: str) -> Topology:
     raise BadInput(
       f'--topology={name} is not accepted: the first size is the GPUs of a node, 1 to {_NODE}'
     )
-  if chip.kind == 'tpu' and math.prod(shape) > _LARGEST[kind]:
+  if chip.kind == 'tpu' and shape not in slices(kind):
+    near = ' and '.join(f'{kind}:{"x".join(map(str, one))}' for one in _nearest(kind, shape))
     raise BadInput(
-      f'--topology={name} is not accepted: a pod of {kind} has at most {_LARGEST[kind]} chips'
+      f'--topology={name} is not accepted: no slice has this shape, the nearest have {near}'
     )
   return Topology(name, chip, shape, 2 if kind == '7x' else 1)
+
+
+def _nearest(kind: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+  """The slice with the most chips up to those of `shape`, and the next larger one; of equal ones the likest."""
+
+  def unlike(one: tuple[int, ...]) -> float:
+    return sum(abs(math.log(a / b)) for a, b in zip(one, sorted(shape), strict=True))
+
+  chips = math.prod(shape)
+  sizes = sorted({math.prod(one) for one in slices(kind)})
+  sides = [size for size in sizes if size <= chips][-1:] + [size for size in sizes if size > chips][
+    :1
+  ]
+  return [
+    min((one for one in slices(kind) if math.prod(one) == size), key=unlike) for size in sides
+  ]
 
 
 def accepted() -> str:

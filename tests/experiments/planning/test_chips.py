@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from experiments.errors import BadInput
@@ -19,12 +21,27 @@ def test_a_topology_is_its_chip_and_its_sizes():
     ('v5e:4x4x4', 'v5e takes 2 sizes, such as v5e:4x4'),
     ('v5p:4x0x4', 'v5p takes 3 sizes'),
     ('h100:16x8', 'the GPUs of a node, 1 to 8'),
-    ('v5e:32x16', 'a pod of v5e has at most 256 chips'),
+    ('v5e:32x16', 'no slice has this shape, the nearest have v5e:16x16$'),
+    ('v5e:3x5', 'the nearest have v5e:2x4 and v5e:4x4$'),
+    ('v6e:16x8', 'the nearest have v6e:8x16 and v6e:16x16$'),
+    ('v5p:3x5x7', 'the nearest have v5p:4x4x4 and v5p:4x4x8$'),
+    ('v4:1x1x1', 'the nearest have v4:2x2x1$'),
+    ('v5p:8x4x4', 'the nearest have v5p:4x4x8 and v5p:4x4x12$'),
+    ('v5p:16x16x28', 'the nearest have v5p:16x16x24$'),
   ],
 )
 def test_a_topology_that_does_not_exist_is_answered_with_those_that_do(name, message):
   with pytest.raises(BadInput, match=message):
     parse_topology(name)
+
+
+# Google Cloud documentation 'TPU v5p', table of slice shapes
+V5P = '2x2x1 2x2x2 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x24'
+
+
+@pytest.mark.parametrize('shape', V5P.split())
+def test_a_published_slice_is_accepted(shape):
+  assert parse_topology(f'v5p:{shape}').devices == math.prod(map(int, shape.split('x')))
 
 
 def test_an_axis_along_whole_rings_has_both_directions_of_each():

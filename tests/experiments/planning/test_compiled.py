@@ -10,7 +10,7 @@ from configs import common
 from experiments.errors import BadInput
 from experiments.plan import OVER, STATE_ERROR, TRAFFIC_ERROR, UNDER, PredictionMissed, check
 from experiments.planning import compiled as module
-from experiments.planning.chips import parse_topology
+from experiments.planning.chips import CHIPS, Topology, parse_topology
 from experiments.planning.compiled import (
   LIVES,
   Compiled,
@@ -99,7 +99,7 @@ def test_a_training_step_is_compiled_on_kernels_asked_for_by_name():
 @needs_libtpu
 def test_a_topology_that_libtpu_does_not_know_is_one_sentence():
   with pytest.raises(BadInput, match='libtpu has no such topology'):
-    described_devices(parse_topology('v5p:3x5x7'))
+    described_devices(Topology('v5p:3x5x7', CHIPS['v5p'], (3, 5, 7)))
 
 
 @pytest.mark.aot
