@@ -9,11 +9,12 @@ finds the reason in output.txt and starts another worker.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
   from moejax.transformer.flops import count_params
 
   start = time.monotonic()
+  before = seconds_told(read_lines(folder / 'metrics.jsonl'))
   settings = Settings.from_config(config)
   status, parts = None, None
   try:
@@ -96,10 +98,16 @@ def run(config: Mapping[str, Any], folder: Path, programs: dict[str, Any]) -> di
       active_share(settings, stream) if settings.model.moe_layers else 1.0,
       heads.active_share(settings.data.sequence_length) if heads else 1.0,
     )
-  trained = last['time']['seconds'] if last else 0.0
-  result |= {'train_seconds': trained, 'seconds': time.monotonic() - start}
+  # of all processes that trained it: those before this one as far as they told
+  result |= {'train_seconds': seconds_told(lines), 'seconds': before + time.monotonic() - start}
   record.write_result(folder, result)
   return result
+
+
+def seconds_told(lines: Sequence[Mapping[str, Any]]) -> float:
+  """The training time in the lines of metrics.jsonl, whose clock begins anew with each process of a resumed run."""
+  clock = [line['time']['seconds'] for line in lines]
+  return sum(now for now, after in itertools.pairwise([*clock, 0.0]) if now > after)
 
 
 if __name__ == '__main__':

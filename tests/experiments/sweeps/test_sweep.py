@@ -243,3 +243,25 @@ def test_an_engine_runs_the_same_sweep_here(backend, file, tmp_path):
   folder = tmp_path / 'out'
   main(file, folder, '--workers=1', f'--backend={backend}', '--config.steps=2')
   assert [row['status'] for row in rows(folder)] == ['finished'] * 3
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_processes():
+  def lines(*clock):
+    return [{'step': step, 'time': {'seconds': seconds}} for step, seconds in enumerate(clock)]
+
+  assert worker.seconds_told([]) == 0
+  assert worker.seconds_told(lines(1.0, 2.0, 3.0)) == 3
+  assert worker.seconds_told(lines(1.0, 9.0, 4.0, 5.0, 2.0)) == 9 + 5 + 2
+
+
+def test_the_record_of_a_resumed_run_has_the_time_before_it(file, tmp_path):
+  main(file, tmp_path, '--workers=1')
+  (row, *_) = rows(tmp_path)
+  folder = tmp_path / row['key']
+  (folder / 'result.json').unlink()
+  metrics = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+  metrics[-1]['time']['seconds'] = 1000.0
+  (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in metrics))
+  main(file, tmp_path, '--workers=1')
+  result = record.read_result(folder)
+  assert result['train_seconds'] == 1000 and 1000 < result['seconds'] < 2000
