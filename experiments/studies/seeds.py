@@ -56,7 +56,7 @@ def train(file: Path, seed: int) -> Path:
   """The folder of a finished run; one that was cut short begins anew, for its time would be wrong.
 
   Raises:
-    RunsFailed: the program did.
+    RunsFailed: the program did, or a signal stopped it before its last step.
   """
   folder = RUNS / file.stem / str(seed)
   if (folder / 'program.json').is_file():
@@ -69,6 +69,11 @@ def train(file: Path, seed: int) -> Path:
   if code:
     raise RunsFailed(f'{file}, seed {seed}: the program ended with {code}')
   seconds = time.monotonic() - start
+  # a signal ends the program in order, with 0
+  done = sum(line['step'] + 1 for line in read_lines(folder / 'metrics.jsonl')[-1:])
+  steps = workdir.read_json(folder / 'config.json')['steps']
+  if done < steps:
+    raise RunsFailed(f'{file}, seed {seed}: stopped after its line of step {done} of {steps}')
   workdir.write_text(folder / 'program.json', json.dumps({'seconds': seconds}) + '\n')
   return folder
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -149,3 +150,22 @@ def test_a_program_that_fails_ends_the_record(tmp_path, monkeypatch):
     seeds.train(tmp_path / 'missing.py', 0)
   with pytest.raises(BadInput, match='usage'):
     seeds.main(['seeds'])
+
+
+@pytest.mark.parametrize('told', [0, 2])
+def test_a_program_that_a_signal_stopped_is_not_recorded_as_finished(tmp_path, monkeypatch, told):
+  """It ends in order, with 0, and its folder is that of a run that goes on."""
+
+  def stopped(command, **_):
+    folder = Path(command[command.index('--workdir') + 1])
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps({'steps': 3}))
+    lines = [{'step': step, 'loss': 1.0} for step in range(told)]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return subprocess.CompletedProcess(command, 0)
+
+  monkeypatch.setattr(seeds, 'RUNS', tmp_path)
+  monkeypatch.setattr(seeds.subprocess, 'run', stopped)
+  with pytest.raises(RunsFailed, match=f'stopped after its line of step {told} of 3'):
+    seeds.train(Path('configs/tiny.py'), 0)
+  assert not (tmp_path / 'tiny' / '0' / 'program.json').exists()
