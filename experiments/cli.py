@@ -40,16 +40,20 @@ _TYPE_NAMES = {bool: 'True or False', int: 'an integer', float: 'a number', str:
 
 _USAGE = """usage: python -m {program} --config FILE.py[:arg] [--config.key=value ...] [--workdir DIR]
 
-  --config FILE.py[:arg]  a file with get_config(), such as configs/common.py; or a run's config.json
+  --config FILE.py[:arg]  {config}
   --config.key=value      overrides one setting, such as --config.optim.learning_rate=1e-3
-  --workdir DIR           where the run writes, and resumes from; without it runs/<config>-<date-time>
+  --workdir DIR           {workdir}
 """
+_CONFIG = 'a config, such as configs/tiny.py; without it the config.json in the workdir'
+_FOLDER = 'where the run writes, and resumes from; without it runs/<config>-<date-time>'
+_VALUES = {'int': ' N', 'bool': ''}
 
 
 def parse(
   argv: list[str],
   program: str,
   define: Callable[[flags.FlagValues], None] | None = None,
+  workdir: str = _FOLDER,
 ) -> tuple[Settings, dict[str, Any], Path, dict[str, Any]]:
   """Settings, the resolved config as a plain dict, the workdir (not yet made), and the program's own flags.
 
@@ -57,18 +61,19 @@ def parse(
     argv: as sys.argv: the first is the program's file.
     program: its module name, for the usage text, such as 'experiments.train'.
     define: adds the program's own flags to a FlagValues.
+    workdir: what the program does with --workdir, for the usage text.
 
   Raises:
     BadInput: one sentence; nothing was written and no device was touched.
     SystemExit: with 0, after --help.
   """
-  path, given, own, rest = parse_own(argv, program, define)
+  path, given, own, rest = parse_own(argv, program, define, workdir=workdir)
   config = override(_load(path), ['', *rest])
   settings = Settings.from_config(config)
   file, _, argument = path.partition(':')
   name = '-'.join(filter(None, (Path(file).stem, argument)))
-  workdir = Path(given) if given else workdirs.fresh(name)
-  return settings, config.to_dict(), workdir, own
+  folder = Path(given) if given else workdirs.fresh(name)
+  return settings, config.to_dict(), folder, own
 
 
 def folders(argv: list[str], program: str, names: tuple[str, ...] = ('DIR',)) -> list[Path]:
@@ -104,11 +109,16 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def parse_own(
-  argv: list[str], program: str, define: Callable[[flags.FlagValues], None] | None = None
+  argv: list[str],
+  program: str,
+  define: Callable[[flags.FlagValues], None] | None = None,
+  config: str = _CONFIG,
+  workdir: str = _FOLDER,
 ) -> tuple[str, str, dict[str, Any], list[str]]:
   """--config, --workdir (empty if not given), the program's own flags, and the rest of `argv`: the overrides.
 
-  With --workdir alone the config is the config.json in there. Arguments and errors as of `parse`.
+  With --workdir alone the config is the config.json in there. Arguments and errors as of `parse`; `config` says what
+  the program takes as --config.
   """
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
@@ -120,8 +130,8 @@ def parse_own(
   rest = _parse_flags(values, argv, known_only=True)
   if values.help:
     own = [name for name in values if name not in ('config', 'workdir', 'help')]
-    lines = [f'  --{name:<21} {values[name].help}\n' for name in own]
-    print(_USAGE.format(program=program) + ''.join(lines), end='')
+    lines = [_flag_line(values[name]) for name in own]
+    print(_USAGE.format(program=program, config=config, workdir=workdir) + ''.join(lines), end='')
     sys.exit(0)
   named = {name: value for name, value in values.flag_values_dict().items() if name != 'help'}
   for argument in rest[1:]:
@@ -139,6 +149,13 @@ def parse_own(
       f'--config is missing{alone}: usage: python -m {program} --config FILE.py [--workdir DIR]'
     )
   return path, given, named, rest[1:]
+
+
+def _flag_line(flag: flags.Flag) -> str:
+  """'  --workers N             runs at a time (default 1)'."""
+  name = flag.name + _VALUES.get(flag.flag_type(), ' VALUE')
+  default = '' if flag.default in (None, '', False) else f' (default {flag.default_as_str})'
+  return f'  --{name:<21} {flag.help}{default.replace(chr(39), "")}\n'
 
 
 def _parse_flags(values: flags.FlagValues, argv: list[str], known_only: bool = False) -> list[str]:

@@ -43,7 +43,13 @@ COLUMNS = (
 
 
 def main(argv: list[str]) -> int:
-  file, given, own, overrides = cli.parse_own(argv, 'experiments.compare', _define)
+  file, given, own, overrides = cli.parse_own(
+    argv,
+    'experiments.compare',
+    _define,
+    config='a file of runs, such as configs/compare/lm_tiny.py (see experiments/sweeps/plan.py)',
+    workdir='where runs are written, and go on; without it runs/compare/<config>',
+  )
   runs = plan.load(file, overrides)
   if own['list']:
     sweep.list_runs(runs)
@@ -72,7 +78,9 @@ def main(argv: list[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
   sweep.define(values)
-  flags.DEFINE_string('out', '', 'folder of the table and the figure', flag_values=values)
+  flags.DEFINE_string(
+    'out', '', 'folder of the table and the figure; else the workdir', flag_values=values
+  )
 
 
 def by_router(table: Sequence[Row]) -> dict[str, list[Row]]:

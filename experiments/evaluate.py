@@ -67,7 +67,11 @@ def make_evaluation(settings: Settings, parts: Experiment) -> Evaluation:
 
 
 def main(argv: list[str]) -> int:
-  settings, _, folder, _ = cli.parse(argv, 'experiments.evaluate')
+  settings, _, folder, _ = cli.parse(
+    argv,
+    'experiments.evaluate',
+    workdir='a run, whose newest checkpoint is evaluated; nothing is written',
+  )
   absent = BadInput(f'--workdir={folder} has no checkpoint to evaluate')
   if not (folder / 'checkpoints').is_dir():
     raise absent

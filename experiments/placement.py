@@ -44,7 +44,12 @@ TRAIN = (
 
 
 def main(argv: list[str]) -> int:
-  settings, _, folder, own = cli.parse(argv, 'experiments.placement', _define)
+  settings, _, folder, own = cli.parse(
+    argv,
+    'experiments.placement',
+    _define,
+    workdir='a run, whose newest checkpoint routes; nothing is written there',
+  )
   moe = settings.model.moe
   wanted = [_at_least(2, 'devices', devices) for devices in own['devices']]
   _at_least(2, 'batches', own['batches'])
@@ -191,9 +196,14 @@ def _shared(load: np.ndarray, expert: np.ndarray) -> float:
 
 def _define(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
-    'devices', ['4'], 'devices that the experts are spread over', flag_values=values
+    'devices', ['4'], 'devices that the experts are spread over, such as 2,4,8', flag_values=values
   )
-  flags.DEFINE_string('out', '', 'folder of result.json and README.md', flag_values=values)
+  flags.DEFINE_string(
+    'out',
+    '',
+    'folder of result.json and README.md; else nothing is written',
+    flag_values=values,
+  )
   flags.DEFINE_integer('batches', 8, 'batches of the evaluation data to route', flag_values=values)
   flags.DEFINE_integer(
     'slots', 0, 'places of a device for copies; 0: a quarter more', flag_values=values

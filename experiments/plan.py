@@ -42,7 +42,12 @@ class PredictionMissed(ExperimentError):
 
 
 def main(argv: list[str]) -> int:
-  settings, _, workdir, own = cli.parse(argv, 'experiments.plan', _define)
+  settings, _, workdir, own = cli.parse(
+    argv,
+    'experiments.plan',
+    _define,
+    workdir='a run to plan for, in place of --config; nothing is written there',
+  )
   if not own['topology']:
     raise BadInput(f'--topology is missing: it must be {accepted()}')
   if own['layout'] not in ('best', 'config'):

@@ -32,7 +32,13 @@ _REDRAW_SECONDS = 1.0
 
 
 def main(argv: list[str]) -> int:
-  file, given, own, overrides = cli.parse_own(argv, 'experiments.sweep', define)
+  file, given, own, overrides = cli.parse_own(
+    argv,
+    'experiments.sweep',
+    define,
+    config='a file of runs, such as configs/sweeps/soft_moe_cpu.py (see experiments/sweeps/plan.py)',
+    workdir='where runs and table.csv are written, and go on; without it runs/sweeps/<config>',
+  )
   runs = plan.load(file, overrides)
   if own['list']:
     list_runs(runs)
@@ -52,8 +58,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     'retries', 1, 'how often a run that failed is tried again', 0, flag_values=values
   )
-  names = ', '.join(BACKENDS)
-  flags.DEFINE_enum('backend', 'local', BACKENDS, f'who runs them: {names}', flag_values=values)
+  flags.DEFINE_enum('backend', 'local', BACKENDS, 'who runs them', flag_values=values)
   flags.DEFINE_boolean('list', False, 'print the runs and do nothing', flag_values=values)
 
 

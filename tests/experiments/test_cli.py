@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,26 @@ def test_help_lists_the_flags_and_ends_with_0(capsys):
   assert end.value.code == 0
   text = capsys.readouterr().out
   assert text.startswith('usage: python -m experiments.train --config FILE.py[:arg]')
-  assert '--samples' in text and 'texts to write' in text
+  assert '  --samples N             texts to write (default 3)\n' in text
+  assert 'such as configs/tiny.py' in text
+
+
+@pytest.mark.parametrize(
+  ('program', 'takes', 'place'),
+  [
+    ('sweep', 'a file of runs, such as configs/sweeps/', 'without it runs/sweeps/<config>'),
+    ('compare', 'a file of runs, such as configs/compare/', 'without it runs/compare/<config>'),
+    ('evaluate', 'a config, such as', 'nothing is written'),
+    ('plan', 'a config, such as', 'nothing is written there'),
+  ],
+)
+def test_help_says_what_this_program_takes_and_where_it_writes(program, takes, place, capsys):
+  main = importlib.import_module(f'experiments.{program}').main
+  with pytest.raises(SystemExit):
+    main([program, '--help'])
+  text = capsys.readouterr().out
+  assert takes in text and place in text
+  assert (_ROOT / re.search(r'such as (configs/\S+\.py)', text)[1]).is_file()
 
 
 @pytest.mark.parametrize(
