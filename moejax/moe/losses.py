@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import entr
 from jaxtyping import Array, Float
 
 from moejax.arrays import RoutingStats
+from moejax.moe.entropy import entropy_terms
 
 
 def balance(stats: RoutingStats) -> Float[Array, '']:
@@ -68,7 +68,7 @@ def mutual_information(stats: RoutingStats) -> Float[Array, '']:
 
   Mod-Squad, Chen et al. 2022. In [-log E, 0]; 0 when all tokens have the same probabilities.
   """
-  return entropy(stats) - entr(_mean(stats.prob_e, stats)).sum()
+  return entropy(stats) - entropy_terms(_mean(stats.prob_e, stats)).sum()
 
 
 def cost_balance(stats: RoutingStats) -> Float[Array, '']:
@@ -129,7 +129,7 @@ def load_concentration(stats: RoutingStats) -> Float[Array, '']:
 
   ModuleFormer, Shen et al. 2023.
   """
-  return entr(_mean(stats.prob_e, stats)).sum()
+  return entropy_terms(_mean(stats.prob_e, stats)).sum()
 
 
 def sparsity(stats: RoutingStats) -> Float[Array, '']:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.scipy.special import entr
 from jaxtyping import Array, Float, Int
 
 from moejax.arrays import Aux, Context, RoutingStats, wide_dtype
+from moejax.moe.entropy import entropy_terms
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.moe.neurons import neurons
@@ -200,7 +200,7 @@ def retrieval_stats(
     weight_e=weight_be.sum(0),
     load_e=chosen_e,
     z=(partition_bsn**2).sum() / heads,
-    entropy=entr(prob_bsnk).sum() / heads,
+    entropy=entropy_terms(prob_bsnk).sum() / heads,
     sequence_balance=num_buckets * (share_be * prob_be).sum(),
     unrouted=jnp.zeros((), dtype),
     sparsity=(prob_bsnk.sum(-1) * jax.lax.rsqrt(square_bsn)).sum() / heads,
@@ -214,5 +214,5 @@ def usage(expert_bsnk: Array, real: Array, num_experts: int) -> dict[str, Array]
   share_e = count_e / jnp.maximum(count_e.sum(), 1)
   return {
     'used': (count_e > 0).mean(dtype=jnp.float32),
-    'unevenness': math.log(num_experts) - entr(share_e).sum(),
+    'unevenness': math.log(num_experts) - entropy_terms(share_e).sum(),
   }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import entr
 from jaxtyping import Array
 
 from moejax.arrays import Assignment, Context, RoutingStats, Scores, SoftPlan
+from moejax.moe.entropy import entropy_terms
 
 
 def routing_stats(
@@ -42,7 +42,7 @@ def routing_stats(
     if load_bse is None
     else jnp.where(mask_bs[..., None], load_bse, 0).sum((0, 1)),
     z=jnp.where(mask_bs, partition_bs**2, 0).sum(),
-    entropy=entr(probs_bse).sum(),
+    entropy=entropy_terms(probs_bse).sum(),
     sequence_balance=_sequence_balance(chosen_be, probs_bse.sum(1), mask_bs),
     unrouted=unrouted,
     sparsity=_sparsity(probs_bse, mask_bs),
@@ -62,7 +62,9 @@ def _average_nulls(chosen_be: Array, nulls: int) -> Array:
 
 
 def _sparsity(probs_bse: Array, mask_bs: Array) -> Array:
-  square_bs = jnp.where(mask_bs, (probs_bse * probs_bse).sum(-1), 1)
+  square_bs = (probs_bse * probs_bse).sum(-1)
+  # probabilities of sigmoids may all come to 0
+  square_bs = jnp.where(mask_bs & (square_bs > 0), square_bs, 1)
   return (probs_bse.sum(-1) * jax.lax.rsqrt(square_bs)).sum()
 
 

@@ -1,5 +1,6 @@
 """Losses of single tokens and of clusters, with published values."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,3 +50,24 @@ def test_balance_of_clusters_of_one_is_balance():
   assert float(losses.load_concentration(stats)) == pytest.approx(1.238152, abs=1e-6)
   mean = np.array([0.452471, 0.297432, 0.137762, 0.112336])
   assert float(losses.importance_square(stats)) == pytest.approx(4 * (mean**2).sum(), abs=1e-5)
+
+
+@pytest.mark.parametrize('name', losses.LOSSES)
+@pytest.mark.parametrize(
+  ('affinity', 'logits'),
+  [
+    ('softmax', [[0.0, -200.0, -150.0, -300.0], [0.0, -1.0, -1e9, -500.0]]),
+    ('sigmoid', [[-200.0, -150.0, -300.0, -250.0], [0.0, -200.0, 100.0, 1.0]]),
+  ],
+)
+def test_a_certain_router_has_finite_losses_and_gradients(affinity, logits, name):
+  """Probabilities that have come to 0: of single tokens, of an expert in the whole batch, of all of a token."""
+
+  def loss(logits_bse):
+    scores = TokenAffinity(affinity, 1)(logits_bse, None, None, Context())
+    plan = TopKAssign(1, weighting.raw)(scores, Context())
+    return losses.LOSSES[name](routing_stats(scores, plan, Context()))
+
+  value, gradient = jax.value_and_grad(loss)(jnp.array(logits)[None])
+  assert jnp.isfinite(value)
+  assert jnp.isfinite(gradient).all()
