@@ -7,16 +7,18 @@ prints one JSON object.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments import cli
 from experiments.build import Experiment, assemble
 from experiments.checkpoint import Checkpoints
-from experiments.data import Stream
+from experiments.data import Stream, prefetch
 from experiments.errors import BadInput
 from experiments.place import place_batch
 from experiments.program import Program
@@ -41,15 +43,13 @@ class Evaluation:
 
   def __call__(self, params: Any, routing: Any) -> dict[str, float]:
     """eval_loss in nats a prediction, eval_accuracy, and for byte-level text eval_bits_per_byte."""
-    loss = correct = count = 0.0
-    for index in range(self._batches):
-      batch = place_batch(self._program.mesh, self._stream.batch(index))
-      sums = jax.device_get(self._program.eval_step(params, routing, batch))
-      loss, correct, count = (
-        loss + float(sums.loss),
-        correct + float(sums.correct),
-        count + float(sums.count),
-      )
+    sums = np.zeros(3)  # float64: a float32 sum of many batches would lose the last of them
+    with contextlib.closing(prefetch(self._stream, 0, self._batches)) as batches:
+      for rows in batches:
+        batch = place_batch(self._program.mesh, rows)
+        found = self._program.eval_step(params, routing, batch)
+        sums += jax.device_get((found.loss, found.correct, found.count))
+    loss, correct, count = map(float, sums)
     result = {'eval_loss': loss / max(count, 1), 'eval_accuracy': correct / max(count, 1)}
     if self._bits_per_byte:
       result['eval_bits_per_byte'] = result['eval_loss'] / math.log(2)
