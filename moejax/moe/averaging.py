@@ -13,10 +13,9 @@ def average_experts(params_e: Any, rate: jax.typing.ArrayLike, axis: int = 0) ->
   """Every expert moves towards the mean of the others: `(1 - rate) W_i + rate * mean of W_j, j != i`.
 
   A controller, applied after the optimizer's step, to parameters alone and not to the optimizer's moments. The mean
-  over experts stays; their distance from it shrinks by `1 - rate * E / (E - 1)`, to nothing at rate = (E - 1) / E.
-  Huang
-  et al. 2023, "Experts weights averaging", where the rate grows linearly from 0 over training; the final rate is a
-  hyperparameter (0.001 to 0.3).
+  over experts stays; their distance from it shrinks to `1 - rate * E / (E - 1)` of what it was, to nothing at
+  rate = (E - 1) / E. Huang et al. 2023, "Experts weights averaging", where the rate grows linearly from 0 over
+  training; the final rate is a hyperparameter (0.001 to 0.3).
 
   Args:
     params_e: pytree of the weights of a bank, such as those of `Experts`.
