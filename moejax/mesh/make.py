@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -39,7 +40,7 @@ def make_mesh(
   sizes = {'data': data, 'fsdp': fsdp, 'expert': expert, 'tensor': tensor}
   given = {axis: size for axis, size in sizes.items() if size != -1}
   for axis, size in given.items():
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, numbers.Integral) or size < 1:
       raise ValueError(f'mesh.{axis}={size}: accepted are integers from 1, or -1 for the rest')
   if len(given) < len(sizes) - 1:
     raise ValueError(f'mesh {sizes}: only one axis may be -1')
