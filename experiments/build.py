@@ -19,6 +19,7 @@ from experiments.place import batch_share
 from experiments.program import Program
 from experiments.settings import Settings
 from experiments.state import ModelDef
+from moejax.transformer.vit import grid_shape
 
 # What a compiled program does not depend on: it is an argument (experiments.step.Control), or of the host.
 RUN_SETTINGS = (
@@ -71,8 +72,11 @@ def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> 
     make_exchange(settings, mesh)
     check_devices(settings, mesh.devices.flat)
   share = batch_share(mesh)
-  train_stream = open_stream(settings, train=True, share=share)
+  _check_splits(settings)
+  # the smaller one first: what is wrong with both is found before the training data are read
   eval_stream = open_stream(settings, train=False, share=share)
+  _check_patches(settings, eval_stream)
+  train_stream = open_stream(settings, train=True, share=share)
   check_vocabulary(settings, train_stream.vocab_size)
   if train_stream.num_labels and settings.model.output == 'softmax':
     raise BadInput(
@@ -84,6 +88,24 @@ def assemble(settings: Settings, programs: dict[str, Program] | None = None) -> 
   if key not in programs:
     programs[key] = build_program(settings, train_stream)
   return Experiment(train_stream, eval_stream, programs[key])
+
+
+def _check_splits(settings: Settings) -> None:
+  from experiments.data.catalog import check_splits  # slow to import, as TFDS is
+
+  data = settings.data
+  splits = {'data.split': data.split, 'data.eval_split': data.eval_split}
+  check_splits(data.name, splits, data.data_dir or None)
+
+
+def _check_patches(settings: Settings, stream: Stream) -> None:
+  """Refuses images that the model cannot cut."""
+  if stream.image_shape is None or settings.model.kind != 'vit':
+    return
+  try:
+    grid_shape(stream.image_shape, settings.model.patch_size)
+  except ValueError as error:
+    raise BadInput(f'model.{error} (data.name={settings.data.name!r})') from error
 
 
 def build_program(settings: Settings, stream: Stream) -> Program:

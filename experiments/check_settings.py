@@ -159,6 +159,11 @@ def check_together(settings: Settings) -> None:
     raise refuse('data.objective', objective, accepted)
   if settings.optim.consistency and settings.model.output == 'sigmoid':
     raise refuse('optim.consistency', settings.optim.consistency, "0 with model.output='sigmoid'")
+  size, patch = settings.data.image_size, settings.model.patch_size
+  if kind == 'vit' and size % patch:
+    raise refuse(
+      'data.image_size', size, f'0, that of the data, or a multiple of model.patch_size={patch}'
+    )
   axes = {name: size for name, size in vars(settings.mesh).items() if size == -1}
   if len(axes) > 1:
     raise BadInput(

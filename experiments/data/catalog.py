@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +93,30 @@ def _known_names(data_dir: Path) -> list[str]:
   return list(dict.fromkeys([*EMBEDDED, *prepared, *listed, *legacy]))
 
 
-def _check_split(builder: Any, split: str) -> None:
+def check_splits(
+  name: str, splits: Mapping[str, str], data_dir: str | os.PathLike[str] | None = None
+) -> None:
+  """Looks whether a data set has these splits, by the name of their setting, and reads no record.
+
+  Raises:
+    BadInput: as `open_dataset`.
+  """
+  builder = _open_builder(name, data_dir)
+  for key, split in splits.items():
+    _check_split(builder, split, key)
+
+
+def _check_split(builder: Any, split: str, key: str = 'split') -> None:
   known = builder.info.splits
   try:
     found = known[split]
   except (KeyError, ValueError) as error:
     near = difflib.get_close_matches(split, list(known), n=1)
     hint = f'did you mean {near[0]!r}?' if near else f'it has {", ".join(known)}'
-    raise BadInput(f'split={split!r} is not in {builder.info.full_name}: {hint}') from error
+    raise BadInput(f'{key}={split!r} is not in {builder.info.full_name}: {hint}') from error
   if not found.num_examples:
     base = split.partition('[')[0]
-    text = f'split={split!r} has none of the {known[base].num_examples} records of {base!r}'
+    text = f'{key}={split!r} has none of the {known[base].num_examples} records of {base!r}'
     raise BadInput(f'{text} in {builder.info.full_name}')
 
 

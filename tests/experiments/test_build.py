@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from configs import common, tiny
+from configs import tiny_soft_moe_vit as tiny_vit
 from experiments import build
 from experiments.build import program_key
 from experiments.compiler import check_compiler
@@ -136,6 +137,31 @@ def test_what_needs_no_data_is_refused_before_they_are_opened(config, message, m
   monkeypatch.setattr(build, 'open_stream', lambda *_, **__: pytest.fail('data were opened'))
   with pytest.raises(BadInput, match=message):
     build.assemble(config)
+
+
+def test_splits_are_looked_for_before_one_of_them_is_read(monkeypatch):
+  """The evaluation's was missed after the training data were open."""
+  monkeypatch.setattr(build, 'open_stream', lambda *_, **__: pytest.fail('data were opened'))
+  config = common.get_config()
+  config.data.eval_split = 'validatoin'
+  message = "^data.eval_split='validatoin' is not in wiki6.*: did you mean 'validation'"
+  with pytest.raises(BadInput, match=message):
+    build.assemble(Settings.from_config(config))
+
+
+def test_images_that_the_model_cannot_cut_are_refused_before_training_data_are_read(monkeypatch):
+  def opened(settings, *, train, share):
+    return pytest.fail('training data were opened') if train else DIGITS
+
+  monkeypatch.setattr(build, 'open_stream', opened)
+  config = tiny_vit.get_config()
+  config.model.patch_size = 5
+  message = r"^model.patch_size=5 does not divide image_shape=\(28, 28, 1\) \(data.name='mnist5k'\)"
+  with pytest.raises(BadInput, match=message):
+    build.assemble(Settings.from_config(config))
+  config.data.image_size = 32
+  with pytest.raises(BadInput, match='^data.image_size=32 .* multiple of model.patch_size=5'):
+    Settings.from_config(config)
 
 
 TEXT = types.SimpleNamespace(vocab_size=257, image_shape=None, num_classes=None, num_labels=None)
