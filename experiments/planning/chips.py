@@ -133,6 +133,7 @@ _IN_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _LARGEST = {'v4': 4096, 'v5p': 6144, '7x': 9216}
 _CUBE = 4**3  # chips
 _NODE = 8  # GPUs
+_NODES = 2**14  # more than any cluster has; the search takes them all in turn
 
 
 @functools.cache
@@ -190,6 +191,10 @@ def parse_topology(name: str) -> Topology:
   if chip.kind == 'gpu' and shape[0] > _NODE:
     raise BadInput(
       f'--topology={name} is not accepted: the first size is the GPUs of a node, 1 to {_NODE}'
+    )
+  if chip.kind == 'gpu' and shape[1] > _NODES:
+    raise BadInput(
+      f'--topology={name} is not accepted: the second size is the nodes, 1 to {_NODES}'
     )
   if chip.kind == 'tpu' and shape not in slices(kind):
     near = ' and '.join(f'{kind}:{"x".join(map(str, one))}' for one in _nearest(kind, shape))

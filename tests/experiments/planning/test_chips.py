@@ -21,6 +21,7 @@ def test_a_topology_is_its_chip_and_its_sizes():
     ('v5e:4x4x4', 'v5e takes 2 sizes, such as v5e:4x4'),
     ('v5p:4x0x4', 'v5p takes 3 sizes'),
     ('h100:16x8', 'the GPUs of a node, 1 to 8'),
+    ('h100:8x999999999', 'the second size is the nodes, 1 to 16384$'),
     ('v5e:32x16', 'no slice has this shape, the nearest have v5e:16x16$'),
     ('v5e:3x5', 'the nearest have v5e:2x4 and v5e:4x4$'),
     ('v6e:16x8', 'the nearest have v6e:8x16 and v6e:16x16$'),
