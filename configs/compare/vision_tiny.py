@@ -5,8 +5,10 @@ slots on the 16 patches of an image); beside them the same ViT without mixtures.
 
 Paper: of each router, see moejax/routers.
 Command: scripts/python -m experiments.compare --config configs/compare/vision_tiny.py
-Results: experiments/results/compare_vision_tiny. Since then the load loss of `vmoe` has one threshold for all experts,
-and images that fill the last batch of an evaluation are routed no more; neither was trained again.
+Results: experiments/results/compare_vision_tiny.
+
+Since those runs the load loss of `vmoe` has one threshold for all experts, and images that fill the last batch of an
+evaluation are routed no more; neither was trained again.
 """
 
 from configs import tiny_soft_moe_vit
