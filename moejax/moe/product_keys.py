@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.moe.chunks import joined, split
+from moejax.moe.largest import largest
 
-CHUNK = 64
+CHUNK = 32
 """Tokens worked on at once, so that the scores of all their heads stay in a CPU's cache."""
 
 
@@ -33,14 +34,14 @@ def retrieve(
 
 
 def _forward(first, second, keys, k):
-  formula = 'TNH,NEH->TNE' if keys.ndim == 4 else 'TNH,EH->TNE'
+  formula = 'NEH,TNH->ETN' if keys.ndim == 4 else 'EH,TNH->ETN'
 
   def one_chunk(_, halves):
     first, second = (
-      jnp.einsum(formula, half, own, precision='highest')
+      jnp.einsum(formula, own, half, precision='highest')
       for half, own in zip(halves, keys, strict=True)
     )
-    return None, product_top_k(first, second, k)
+    return None, [jnp.moveaxis(part, 0, -1) for part in product_top_k(first, second, k)]
 
   _, found = jax.lax.scan(one_chunk, None, split(CHUNK, first, second))
   score, expert = (joined(part, len(first)) for part in found)
@@ -73,18 +74,19 @@ retrieve.defvjp(_forward, _backward)
 
 
 def product_top_k(
-  first: Float[Array, '*batch E'], second: Float[Array, '*batch E'], k: int
-) -> tuple[Float[Array, '*batch K'], Int[Array, '*batch K']]:
+  first: Float[Array, 'E *batch'], second: Float[Array, 'E *batch'], k: int
+) -> tuple[Float[Array, 'K *batch'], Int[Array, 'K *batch']]:
   """The k largest of all `first_i + second_j`, and their numbers `i * n + j`.
 
   Of equal sums, pairs with a larger `first_i` come first.
   """
-  side = second.shape[-1]
-  first_k, i = jax.lax.top_k(first, k)
-  second_k, j = jax.lax.top_k(second, k)
+  side = len(second)
+  first, i = largest(first, k)
+  second, j = largest(second, k)
   # Of the a-th best and the b-th best, (a + 1) (b + 1) - 1 pairs are as good or better and come before.
-  pairs = [(a, b) for a in range(k) for b in range(k) if (a + 1) * (b + 1) <= k]
-  a, b = (jnp.array(ranks, jnp.int32) for ranks in zip(*pairs, strict=True))
-  value, place = jax.lax.top_k(first_k[..., a] + second_k[..., b], k)
-  expert = jnp.take(i, a, -1) * side + jnp.take(j, b, -1)
-  return value, jnp.take_along_axis(expert, place, -1)
+  most = [k // (a + 1) for a in range(k)]
+  pairs = lambda one, other: jnp.concatenate(
+    [one[a : a + 1] + other[:count] for a, count in enumerate(most)]
+  )
+  value, place = largest(pairs(first, second), k)
+  return value, jnp.take_along_axis(pairs(i * side, j), place, 0, mode='promise_in_bounds')

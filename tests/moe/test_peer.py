@@ -51,7 +51,7 @@ def test_the_three_best_pairs_of_four_by_four():
 @pytest.mark.parametrize('k', [1, 3, 16])
 def test_retrieval_is_the_brute_force_over_all_pairs(k):
   first, second = jax.random.normal(jax.random.key(0), (2, 50, 16))
-  value, index = product_top_k(first, second, k)
+  value, index = (part.T for part in product_top_k(first.T, second.T, k))
   scores = (np.asarray(first)[:, :, None] + np.asarray(second)[:, None, :]).reshape(50, -1)
   want = np.argsort(-scores, 1, kind='stable')[:, :k]
   np.testing.assert_array_equal(index, want)
@@ -238,11 +238,11 @@ def test_gradients_by_chosen_keys_are_those_of_all_scores(owners):
   target = jax.random.normal(key[2], (len(first), 3, 5))
 
   def plainly(first, second, keys, k):
-    formula = 'TNH,NEH->TNE' if owners else 'TNH,EH->TNE'
+    formula = 'NEH,TNH->ETN' if owners else 'EH,TNH->ETN'
     sides = (
-      jnp.einsum(formula, half, own) for half, own in zip((first, second), keys, strict=True)
+      jnp.einsum(formula, own, half) for half, own in zip((first, second), keys, strict=True)
     )
-    return product_top_k(*sides, k)
+    return [jnp.moveaxis(part, 0, -1) for part in product_top_k(*sides, k)]
 
   def scalar(function, *arguments):
     score, expert = function(*arguments, 5)
