@@ -29,7 +29,6 @@ def schedule(options, compiler, *more, topology='v5p:2x2x1'):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=290,
     check=False,
   )
   assert done.returncode == 0, done.stderr

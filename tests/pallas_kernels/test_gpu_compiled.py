@@ -53,7 +53,6 @@ def facts(script: str, folder: pathlib.Path, *names: str) -> list[dict]:
     capture_output=True,
     text=True,
     check=False,
-    timeout=280,
   )
   assert done.returncode == 0, done.stderr[-3000:]
   return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]

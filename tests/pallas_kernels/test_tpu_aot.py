@@ -34,7 +34,6 @@ def report(request):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=290,
     check=False,
   )
   assert done.returncode == 0, done.stderr
