@@ -7,12 +7,15 @@ al. 2024, "Routers in vision mixture of experts".
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from moejax.mesh.replicated import replicated
 from moejax.routers.expert_choice import tokens_of_expert
 from moejax.routers.router import Router
 from moejax.routers.scorers import LinearScorer
@@ -20,6 +23,8 @@ from moejax.routers.sinkhorn import planned_expert_choice
 
 PADDING = -1e4
 """Similarity of padding, which no column has among its non-zeros."""
+LANES = 64
+"""Experts whose columns a CPU works on at once, at most."""
 
 
 def sparse_plan(
@@ -34,7 +39,8 @@ def sparse_plan(
 
   Given a price of every token, a column is the projection of similarity less price onto the simplex, of its `limit`
   largest entries alone. Prices are moved by Adam on the semi-dual, whose gradient is one less the row's sum: so rows
-  sum to one in the limit, and roughly after the paper's number of steps.
+  sum to one in the limit, and roughly after the paper's number of steps. A CPU makes the plan of one group after the
+  other and some experts at a time, so that they stay in its cache.
 
   Args:
     similarity: in [0, 1].
@@ -42,45 +48,98 @@ def sparse_plan(
     real: False for padding, whose rows are zero and not counted in T.
     iterations, learning_rate: of Adam.
   """
-  dtype = similarity.dtype
-  real = jnp.ones(similarity.shape[:2], bool) if real is None else real
-  wanted_gt = real.astype(dtype)
-  mass_g = wanted_gt.sum(1) / jnp.asarray(similarity.shape[-1], dtype)
-  worth_get = jnp.swapaxes(jnp.where(real[..., None], similarity, PADDING), 1, 2)
+  wanted = jnp.ones(similarity.shape[:2], bool) if real is None else real
+  plan = functools.partial(
+    _plan_of_group, limit=limit, iterations=iterations, learning_rate=learning_rate
+  )
 
-  def columns(price_gt: Array) -> Array:
-    best_gec, index_gec = jax.lax.top_k(worth_get - price_gt[:, None], limit)
-    mass_ge = jnp.broadcast_to(mass_g[:, None], best_gec.shape[:2])
-    column_gec = onto_simplex(best_gec, mass_ge)
-    return jnp.put_along_axis(jnp.zeros_like(worth_get), index_gec, column_gec, -1, inplace=False)
+  def one_by_one(similarity, wanted):
+    of_group = functools.partial(plan, width=math.gcd(similarity.shape[-1], LANES))
+    groups = replicated(similarity), replicated(wanted)
+    return jax.lax.map(lambda group: of_group(*group), groups)
+
+  together = jax.vmap(functools.partial(plan, width=similarity.shape[-1]))
+  return jax.lax.platform_dependent(similarity, wanted, cpu=one_by_one, default=together)
+
+
+def _plan_of_group(similarity_te, real_t, *, limit, iterations, learning_rate, width):
+  num_tokens, num_experts = similarity_te.shape
+  dtype = similarity_te.dtype
+  wanted_t = real_t.astype(dtype)
+  mass = wanted_t.sum() / num_experts
+  worth_te = jnp.where(real_t[:, None], similarity_te, PADDING)
+  worth_ctw = jnp.swapaxes(worth_te.reshape(num_tokens, -1, width), 0, 1)
+  columns = lambda worth_tw, price_t: onto_simplex(worth_tw - price_t[:, None], mass, limit)
 
   def step(count, state):
-    price_gt, mean_gt, square_gt = state
-    slope_gt = columns(price_gt).sum(1) - wanted_gt
-    mean_gt = 0.9 * mean_gt + 0.1 * slope_gt
-    square_gt = 0.999 * square_gt + 0.001 * slope_gt * slope_gt
+    price_t, mean_t, square_t = state
+    add = lambda sum_t, worth_tw: (sum_t + columns(worth_tw, price_t).sum(1), None)
+    slope_t = jax.lax.scan(add, -wanted_t, worth_ctw)[0]
+    mean_t = 0.9 * mean_t + 0.1 * slope_t
+    square_t = 0.999 * square_t + 0.001 * slope_t * slope_t
     turn = jnp.asarray(count + 1, dtype)
-    size_gt = jnp.sqrt(square_gt / (1 - 0.999**turn)) + 1e-8
-    return price_gt + learning_rate * mean_gt / (1 - 0.9**turn) / size_gt, mean_gt, square_gt
+    size_t = jnp.sqrt(square_t / (1 - 0.999**turn)) + 1e-8
+    return price_t + learning_rate * mean_t / (1 - 0.9**turn) / size_t, mean_t, square_t
 
-  nothing = jnp.zeros_like(wanted_gt)
-  price_gt = jax.lax.fori_loop(0, iterations, step, (nothing, nothing, nothing))[0]
-  return jnp.swapaxes(columns(price_gt), 1, 2)
+  nothing = jnp.zeros_like(wanted_t)
+  price_t = jax.lax.fori_loop(0, iterations, step, (nothing, nothing, nothing))[0]
+  plan_ctw = jax.lax.map(lambda worth_tw: columns(worth_tw, price_t), worth_ctw)
+  return jnp.swapaxes(plan_ctw, 0, 1).reshape(num_tokens, num_experts)
 
 
 def onto_simplex(
-  falling: Float[Array, '*batch C'], total: Float[Array, '*batch']
-) -> Float[Array, '*batch C']:
-  """The nearest vector without negative entries that sums to `total`, of entries in falling order.
+  x: Float[Array, 'T E'], total: Float[Array, ''], limit: int
+) -> Float[Array, 'T E']:
+  """Of every column the nearest vector that sums to `total`, without negative entries, with `limit` others at most.
 
-  It is `max(v - s, 0)`: Duchi et al. 2008, "Efficient projections onto the l1-ball for learning in high dimensions".
+  It is `max(x - s, 0)` of the largest entries. The shift s rises from what all of them would need to what those need
+  that stay positive (Michelot 1986, "A finite algorithm for finding the projection of a point onto the canonical
+  simplex of R^n").
   """
-  count = jnp.arange(1, falling.shape[-1] + 1).astype(falling.dtype)
-  shift = (jnp.cumsum(falling, -1) - total[..., None]) / count.reshape(
-    (1,) * (falling.ndim - 1) + (-1,)
-  )
-  last = jnp.maximum((falling > shift).sum(-1, keepdims=True) - 1, 0)
-  return jnp.maximum(falling - jnp.take_along_axis(shift, last, -1), 0)
+  among = among_largest(x, limit)
+
+  def shift_of(those):
+    count = jnp.maximum(those.sum(0, keepdims=True, dtype=jnp.int32), 1).astype(x.dtype)
+    return (jnp.where(those, x, 0).sum(0, keepdims=True) - total) / count
+
+  def rise(state):
+    shift, _ = state
+    higher = jnp.maximum(shift_of(among & (x > shift)), shift)
+    return higher, (higher > shift).any()
+
+  shift, _ = jax.lax.while_loop(lambda state: state[1], rise, (shift_of(among), jnp.array(True)))
+  return jnp.where(among, jnp.maximum(x - shift, 0), 0)
+
+
+def among_largest(x: Float[Array, 'T E'], limit: int) -> Bool[Array, 'T E']:
+  """Which entries are among the `limit` largest of their column; of equal ones the first are.
+
+  The least of them is found bit by bit, by counting how many are as large: so all columns are worked on at once, and
+  nothing is sorted.
+  """
+  key = _ordered(x)
+  bits = jnp.iinfo(key.dtype).bits
+  one = jnp.ones((), key.dtype)
+
+  def next_bit(number, least):
+    larger = least + (one << (bits - 1 - number).astype(key.dtype))
+    enough = (key >= larger).sum(0, keepdims=True, dtype=jnp.int32) >= limit
+    return jnp.where(enough, larger, least)
+
+  least = jnp.full((1, x.shape[1]), jnp.iinfo(key.dtype).min, key.dtype)
+  least = jax.lax.fori_loop(0, bits, next_bit, least)
+  above, equal = key > least, key == least
+  left = limit - above.sum(0, keepdims=True, dtype=jnp.int32)
+  ties = (equal.sum(0, keepdims=True, dtype=jnp.int32) > left).any()
+  first = lambda: equal & (jnp.cumsum(equal, 0, dtype=jnp.int32) <= left)
+  return above | jax.lax.cond(ties, first, lambda: equal)
+
+
+def _ordered(x: Array) -> Array:
+  """Integers in the order of these floats."""
+  kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), kind)  # not -0
+  return jnp.where(bits < 0, bits ^ jnp.iinfo(kind).max, bits)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import scipy.optimize
 from flax import nnx
 
 from moejax import Context, make_router
-from moejax.routers.sparse_expert_choice import onto_simplex, sparse_plan
+from moejax.routers.sparse_expert_choice import among_largest, onto_simplex, sparse_plan
 
 T, E, D = 12, 3, 8
 SIMILARITY = jax.nn.softmax(2 * jax.random.normal(jax.random.key(0), (1, T, E)), -1)
@@ -17,11 +17,38 @@ plan_of = jax.jit(sparse_plan, static_argnums=(1,), static_argnames=('iterations
 
 
 def test_the_simplex_by_hand():
-  """(0.9, 0.5, -0.2) to a sum of 1: 0.2 off the first two; to a sum of 0.3 the first alone is left."""
-  falling = jnp.array([0.9, 0.5, -0.2])
-  np.testing.assert_allclose(onto_simplex(falling, jnp.array(1.0)), [0.7, 0.3, 0], atol=1e-6)
-  np.testing.assert_allclose(onto_simplex(falling, jnp.array(0.3)), [0.3, 0, 0], atol=1e-6)
-  np.testing.assert_allclose(onto_simplex(falling, jnp.array(0.0)), 0, atol=1e-6)
+  """(0.9, 0.5, -0.2) to a sum of 1: 0.2 off the first two; to a sum of 0.3, or of one entry, the first is left."""
+  x = jnp.array([[0.5], [-0.2], [0.9]])
+  onto = lambda total, limit: onto_simplex(x, jnp.array(total), limit)[:, 0]
+  np.testing.assert_allclose(onto(1.0, 3), [0.3, 0, 0.7], atol=1e-6)
+  np.testing.assert_allclose(onto(1.0, 2), [0.3, 0, 0.7], atol=1e-6)
+  np.testing.assert_allclose(onto(1.0, 1), [0, 0, 1.0], atol=1e-6)
+  np.testing.assert_allclose(onto(0.3, 3), [0, 0, 0.3], atol=1e-6)
+  np.testing.assert_allclose(onto(0.0, 3), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize('limit', [1, 5, 33, 200])
+def test_the_simplex_is_that_of_the_sorted_entries(limit):
+  """Duchi et al. 2008: the shift is the last of `(sum of the r largest - total) / r` that is below the r-th."""
+  x = np.random.default_rng(limit).normal(size=(200, 7)).astype(np.float32)
+  got = onto_simplex(jnp.asarray(x), jnp.array(3.0), limit)
+  for column, found in zip(x.T, np.asarray(got).T, strict=True):
+    falling = np.sort(column)[::-1][:limit].astype(np.float64)
+    shifts = (np.cumsum(falling) - 3) / np.arange(1, limit + 1)
+    shift = shifts[np.flatnonzero(falling > shifts)[-1]]
+    want = np.where(column >= falling[-1], np.maximum(column - shift, 0), 0)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('limit', [1, 4, 11, 12])
+def test_the_largest_are_those_of_top_k(limit):
+  """Of equal entries the first, whatever the sign of a zero."""
+  x = jnp.round(jax.random.normal(jax.random.key(limit), (T, 50)))
+  among = jax.jit(among_largest, static_argnums=1)(x, limit)
+  _, place = jax.lax.top_k((x + 0).T, limit)
+  want = np.zeros((50, T), bool)
+  np.put_along_axis(want, np.asarray(place), True, 1)
+  np.testing.assert_array_equal(among.T, want)
 
 
 def test_columns_sum_to_their_share_and_have_few_non_zeros():
