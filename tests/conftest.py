@@ -95,9 +95,14 @@ def _share_programs(config):
   else:
     folder = tempfile.mkdtemp(prefix='programs-')
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-  jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  settings = {
+    'jax_compilation_cache_dir': folder,
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  for name, value in settings.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)  # for the processes that tests start
 
 
 @pytest.hookimpl(optionalhook=True)
