@@ -10,6 +10,7 @@ and a restore compares all of it. A checkpoint that fails is renamed to <step>.c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import importlib.metadata
@@ -19,13 +20,14 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 
 from experiments.digests import describe, differing
@@ -43,6 +45,17 @@ _UNREACHABLE = re.compile(
   )
 )
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without Orbax's warning that a folder is opened for reading, which was asked for."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
 
 
 class Checkpoints:
@@ -67,7 +80,8 @@ class Checkpoints:
       if not read_only:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_unfinished()
-      self._manager = ocp.CheckpointManager(self.folder, options=options)
+      with _quiet() if read_only else contextlib.nullcontext():
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
     except OSError as error:
       raise StorageError(
         f'checkpoints {self.folder} cannot be written: {error.strerror}'

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -54,6 +55,12 @@ class Evaluation:
     if self._bits_per_byte:
       result['eval_bits_per_byte'] = result['eval_loss'] / math.log(2)
     return result
+
+
+def told(found: Mapping[str, float]) -> str:
+  """'loss 2.1163, accuracy 0.3850, bits per byte 3.0531' of what an Evaluation returns."""
+  names = (name.removeprefix('eval_').replace('_', ' ') for name in found)
+  return ', '.join(f'{name} {value:.4f}' for name, value in zip(names, found.values(), strict=True))
 
 
 def make_evaluation(settings: Settings, parts: Experiment) -> Evaluation:

@@ -31,10 +31,12 @@ def build_mesh(settings: Settings) -> Mesh:
   Raises:
     BadInput: axes that do not fit the devices, or a batch that does not divide over them.
   """
+  devices = jax.devices()
   try:
-    mesh = make_mesh(**vars(settings.mesh), devices=jax.devices())
+    mesh = make_mesh(**vars(settings.mesh), devices=devices)
   except ValueError as error:
-    raise BadInput(str(error)) from error
+    how = ': XLA_FLAGS=--xla_force_host_platform_device_count=8 in the environment emulates 8'
+    raise BadInput(f'{error}{how if devices[0].platform == "cpu" else ""}') from error
   microbatch = settings.batch_size // settings.microbatches
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   if microbatch % shards:

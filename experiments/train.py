@@ -23,7 +23,7 @@ from experiments.build import Experiment, assemble
 from experiments.checkpoint import Checkpoints
 from experiments.data import check_fingerprint, prefetch
 from experiments.errors import NonFiniteError
-from experiments.evaluate import make_evaluation
+from experiments.evaluate import make_evaluation, told
 from experiments.flops import active_share, training_flops
 from experiments.log import make_writer, no_writer, read_lines
 from experiments.place import place_batch
@@ -79,7 +79,7 @@ def train(
     state, first_step = restore_or_init(checkpoints, parts, settings)
     if distributed.is_first():
       workdir.write_config(folder, config)
-    announce(folder, state, parts, first_step)
+    announce(folder, state, parts, first_step, settings.steps)
     meta = {'config': config, 'data': parts.train_stream.fingerprint}
     batches = prefetch(parts.train_stream, first_step, settings.steps)
     stack.enter_context(contextlib.closing(batches))
@@ -107,7 +107,9 @@ def train(
         timed = progress.update(done, float(metrics['loss']))
         if evaluates:
           with progress.paused():
-            metrics |= evaluate(state.params, state.routing)
+            found = evaluate(state.params, state.routing)
+          progress.note(f'step {done}/{settings.steps}, evaluation: {told(found)}')
+          metrics |= found
         if done <= settings.log.every:
           metrics |= parameter_counts(settings, parts, state)
         writer.write(step, metrics, timed)
@@ -172,12 +174,17 @@ def parameter_counts(settings: Settings, parts: Experiment, state: TrainState) -
   return {'parameters': counts['total'], 'active_parameters': active}
 
 
-def announce(folder: Path, state: TrainState, parts: Experiment, first_step: int) -> None:
+def announce(
+  folder: Path, state: TrainState, parts: Experiment, first_step: int, steps: int
+) -> None:
   """One line about what is going to happen."""
+  begin = f'resuming at step {first_step}' if first_step else 'starting'
+  if first_step >= steps:
+    begin = f'all {steps} steps are done (more: --config.steps=N)'
   count = count_params(state.params)['total']
   stream, mesh = parts.train_stream, parts.program.mesh
   print(
-    f'{folder}: {f"resuming at step {first_step}" if first_step else "starting"}; {count:,} parameters on '
+    f'{folder}: {begin}; {count:,} parameters on '
     f'{mesh.size} x {mesh.devices.flat[0].device_kind}; {stream.num_records:,} records of '
     f'{stream.fingerprint["dataset"]}',
     file=sys.stderr,

@@ -165,7 +165,10 @@ BAD = {
     ['--config.batch_size=12'],
     'batch_size=12 .* does not divide over the 8 devices',
   ),
-  'mesh over the devices': (['--config.mesh.data=3'], 'does not fit 8 devices'),
+  'mesh over the devices': (
+    ['--config.mesh.data=3'],
+    'does not fit 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8 in the environment',
+  ),
   'leaking router': (
     ["--config.model.moe.router={'name': 'expert_choice'}"],
     "lets a token see later ones.*accepted are model.moe.router.group='position', or allow_leak=True",
@@ -287,15 +290,20 @@ def test_a_run_stopped_before_its_first_line_ends_well_and_goes_on(tmp_path, mon
   assert (tmp_path / 'run' / 'report.html').exists()
 
 
-def test_a_leak_that_is_asked_for_is_trained(tmp_path):
+def test_a_leak_that_is_asked_for_is_trained(tmp_path, capsys):
   """allow_leak=True: the demonstration of the leak needs it. Evaluation keeps its own time, whatever the log does."""
-  run(
-    tmp_path / 'leak',
+  settings = (
     "--config.model.moe.router={'name': 'expert_choice'}",
     '--config.allow_leak=True',
     '--config.steps=5',
     '--config.log.every=4',
     '--config.eval.every=3',
   )
+  run(tmp_path / 'leak', *settings)
+  told = re.findall(r'(step .*), evaluation: loss ([\d.]+), accuracy', capsys.readouterr().err)
+  found = [f'{line["eval_loss"]:.4f}' for line in lines(tmp_path / 'leak') if 'eval_loss' in line]
+  assert told == [('step 3/5', found[0]), ('step 5/5', found[1])]
+  run(tmp_path / 'leak', *settings)
+  assert 'all 5 steps are done (more: --config.steps=N); ' in capsys.readouterr().err
   evaluated = {line['step']: 'eval_loss' in line for line in lines(tmp_path / 'leak')}
   assert evaluated == {2: True, 3: False, 4: True}
