@@ -41,6 +41,8 @@ SOURCES = {
   'joint': 'Ludziejewski et al. 2025, table 3; active and total with embedding and head',
 }
 
+_FIT_KEYS = ('law', 'size', 'fixed', 'coefficients', 'draws', 'rows', 'runs')
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -118,9 +120,14 @@ def fitted(
     BadInput: the file is no fit, or of another law, or of a law that cannot be asked this.
   """
   record = read_json(file)
+  missing = [key for key in _FIT_KEYS if key not in record]
+  if missing:
+    raise BadInput(f'--fit={file} is not a fit.json of experiments.fit: no {", ".join(missing)}')
+  name = str(record['law'])
+  if name not in FORMS:
+    raise BadInput(f'--fit={file} is of law {name!r}: accepted are {", ".join(sorted(FORMS))}')
+  form = FORMS[name]
   try:
-    name = record['law']
-    form = FORMS[name]
     vectors = [[record['coefficients'][key]['value'] for key in form.names], *record['draws']]
     laws = [form.law(*vector) for vector in vectors]
     flops = [row['flops'] for row in record['rows'] if not row['excluded']]

@@ -54,6 +54,10 @@ def main(argv: list[str]) -> int:
   wanted = [_at_least(2, 'devices', devices) for devices in own['devices']]
   _at_least(2, 'batches', own['batches'])
   _at_least(0, 'slots', own['slots'])
+  experts = moe.num_experts * moe.granularity
+  for devices in wanted:
+    if experts % devices:
+      raise BadInput(f'--devices={devices} does not divide the {experts} experts of a layer')
   if not (folder / 'checkpoints').is_dir():
     raise BadInput(f'--workdir={folder} has no checkpoint of a model to place')
   parts = assemble(settings)
@@ -75,7 +79,6 @@ def main(argv: list[str]) -> int:
     inputs = {'positions': batch['positions'], 'segment_ids': batch['segment_ids']}
     trace = routing_trace(model, batch['tokens'], mask=batch['segment_ids'] > 0, **inputs)
     choices.append(choices_of(trace))
-  experts = moe.num_experts * moe.granularity
   width = 4 if settings.model.dtype == 'float32' else 2
   reports = []
   for devices in wanted:

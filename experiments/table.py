@@ -71,7 +71,9 @@ def read_table(path: Path, diverged_above: float | None = None) -> Table:
     with file.open(newline='', encoding='utf-8') as stream:
       reader = csv.DictReader(stream)
       rows, names = list(reader), reader.fieldnames or ()
-  except (OSError, UnicodeDecodeError, csv.Error) as error:
+  except OSError as error:
+    raise BadInput(f'--runs={path}: {file} cannot be read: {error.strerror}') from error
+  except (UnicodeDecodeError, csv.Error) as error:
     raise BadInput(f'--runs={path}: {file} cannot be read as CSV: {error}') from error
   missing = [name for name in (*TEXTS, *NUMBERS) if name not in names]
   if missing:

@@ -80,7 +80,9 @@ def read_json(file: Path) -> dict[str, Any]:
   """
   try:
     values = json.loads(file.read_text())
-  except (ValueError, OSError) as error:
+  except OSError as error:
+    raise BadInput(f'{file} cannot be read: {error.strerror}') from error
+  except ValueError as error:
     raise BadInput(f'{file} cannot be read as JSON: {error}') from error
   if not isinstance(values, dict):
     raise BadInput(f'{file} holds a {type(values).__name__}, and a config must be an object')

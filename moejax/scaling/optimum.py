@@ -109,8 +109,9 @@ def ranked(families: Iterable[Family], budget: Budget) -> list[Choice]:
   """
   found = [choice for family in families if (choice := best_of(family, budget)) is not None]
   if not found:
+    limit = '' if budget.memory is None else f'memory={budget.memory:g} bytes and '
     raise ValueError(
-      f'no model of width {_LEAST_WIDTH:.0f} or more fits memory={budget.memory} bytes and flops={budget.flops:g}: '
+      f'no model of width {_LEAST_WIDTH:.0f} or more fits {limit}flops={budget.flops:g}: '
       'accepted are larger budgets'
     )
   found.sort(key=lambda choice: choice.loss)

@@ -220,7 +220,7 @@ def test_the_table_of_a_sweep_is_read(tmp_path):
 
 
 def test_a_table_that_is_missing_or_lacks_columns_is_refused(tmp_path):
-  with pytest.raises(BadInput, match='cannot be read as CSV'):
+  with pytest.raises(BadInput, match='table.csv cannot be read: No such file'):
     run('--runs', tmp_path)
   rows = [row[1:] for row in rows_of(by_grain)]
   write(tmp_path / 'table.csv', rows, HEADER[1:])

@@ -112,10 +112,31 @@ def test_bad_input_is_one_sentence(flags, sentence):
   assert error.value.exit_code == 2
 
 
-def test_a_json_that_is_no_fit_is_refused(tmp_path):
+FIT = {
+  'law': 'chinchilla',
+  'size': 'N',
+  'fixed': {'E': 1, 'G': 1},
+  'coefficients': {},
+  'draws': [],
+  'rows': [],
+  'runs': 9,
+}
+
+
+@pytest.mark.parametrize(
+  'change, sentence',
+  [
+    ({'law': 'kaplan'}, "of law 'kaplan': accepted are chinchilla, clark, fine_grained"),
+    ({'law': ['joint']}, 'accepted are chinchilla'),
+    ({'size': None, 'rows': None}, 'is not a fit.json of experiments.fit: no size, rows$'),
+    ({}, 'is not a fit.json of experiments.fit: KeyError'),
+  ],
+)
+def test_a_json_that_is_no_fit_is_refused(change, sentence, tmp_path):
   file = tmp_path / 'fit.json'
-  file.write_text(json.dumps({'law': 'joint'}))
-  with pytest.raises(BadInput, match='is not a fit.json'):
+  record = {key: value for key, value in {**FIT, **change}.items() if value is not None}
+  file.write_text(json.dumps(record))
+  with pytest.raises(BadInput, match=sentence):
     main(['optimal', '--flops', '1e20', '--fit', str(file)])
 
 

@@ -57,6 +57,12 @@ def test_numbers_that_nothing_can_be_placed_with_are_refused(given, least, tmp_p
     placement.main(['', '--config', config, '--workdir', str(tmp_path), f'--{given}'])
 
 
+def test_devices_that_experts_do_not_divide_over_are_refused_before_any_work(tmp_path):
+  config = str(placement.__file__).replace('experiments/placement.py', 'configs/tiny.py')
+  with pytest.raises(BadInput, match='^--devices=3 does not divide the 8 experts of a layer$'):
+    placement.main(['', '--config', config, '--workdir', str(tmp_path), '--devices=2,3'])
+
+
 def test_of_an_odd_number_of_batches_the_last_is_left_out(rng):
   choices = routed(rng, batches=5)
   assert placement.judged(choices, 8, 4) == placement.judged(choices[:4], 8, 4)
