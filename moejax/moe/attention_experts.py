@@ -19,6 +19,7 @@ from moejax.moe.stats import routing_stats
 from moejax.routers import Flags, make_router
 from moejax.routers.router import as_batch
 from moejax.routers.top_k import check_name
+from moejax.sizes import check_made_of
 from moejax.transformer.attention import Visible, attend, visibility
 from moejax.transformer.linear import Linear, master_dtype
 from moejax.transformer.rotary import rotate
@@ -69,6 +70,7 @@ class AttentionExperts(nnx.Module):
     work: RowWork = by_expert,
     rngs: nnx.Rngs,
   ):
+    check_made_of(rngs, d_model=d_model, head_dim=head_dim, num_experts=num_experts)
     check_name('kind', kind, KINDS)
     if kind == 'stick_breaking' and not causal:
       raise ValueError('stick_breaking with causal=False: accepted is causal=True')

@@ -17,6 +17,7 @@ from moejax.moe.layer import MoE
 from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.routers.router import Flags
+from moejax.sizes import check_made_of
 from moejax.transformer.linear import RMSNorm
 
 
@@ -54,6 +55,7 @@ class CartesianMoE(nnx.Module):
     rngs: nnx.Rngs,
     **options,
   ):
+    check_made_of(rngs, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
     if d_ff % 2:
       raise ValueError(f'd_ff={d_ff}: accepted are even integers')
     losses = {'balance': 0.01, 'z': 0.001} if losses is None else dict(losses)

@@ -18,6 +18,7 @@ from moejax.moe.stats import routing_stats
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.dense import assign_all
 from moejax.routers.router import Flags, as_batch
+from moejax.sizes import check_made_of
 from moejax.transformer.linear import product
 
 
@@ -103,8 +104,7 @@ class DeepMoE(nnx.Module):
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
-    if gate_width < 1:
-      raise ValueError(f'gate_width={gate_width}: accepted are integers from 1')
+    check_made_of(rngs, d_model=d_model, d_ff=d_ff, num_experts=num_experts, gate_width=gate_width)
     losses = {'importance': 0.01, 'z': 0.001} if losses is None else dict(losses)
     check_losses(losses)
     sizes = {'num_experts': num_experts, 'gate_width': gate_width, 'dtype': dtype, 'rngs': rngs}

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.arrays import Assignment
+from moejax.sizes import check_made_of
 from pallas_kernels import check_activation, expert_ffn, grouped_matmul, hidden
 
 
@@ -39,6 +40,7 @@ class Experts(nnx.Module):
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
+    check_made_of(rngs, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
     check_activation(activation)
 
     def kernel(d_in: int, d_out: int, scale: float = 1.0) -> nnx.Param:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from moejax.arrays import Aux, Context
 from moejax.moe.layer import MoE
 from moejax.routers.router import Flags, Router, previous_ids
+from moejax.sizes import check_made_of
 from moejax.transformer.linear import Linear
 
 _half_xavier = nnx.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')  # gain 1 / sqrt(2)
@@ -55,7 +56,8 @@ class MultiHeadMoE(nnx.Module):
     rngs: nnx.Rngs,
     **options,
   ):
-    if heads < 1 or d_model % heads:
+    check_made_of(rngs, d_model=d_model, d_ff=d_ff, num_experts=num_experts, heads=heads)
+    if d_model % heads:
       raise ValueError(f'heads={heads} does not divide d_model={d_model}')
     linear = {'use_bias': True, 'dtype': dtype, 'rngs': rngs}
     self.split = Linear(d_model, d_model, init=_half_xavier, **linear)

@@ -17,6 +17,7 @@ from moejax.moe.losses import check_losses, weighted_losses
 from moejax.moe.metrics import routing_metrics
 from moejax.moe.stats import routing_stats
 from moejax.routers.router import Flags, as_batch, as_given
+from moejax.sizes import check_made_of
 from moejax.transformer.ffn import FFN
 from moejax.transformer.linear import product
 from pallas_kernels import hidden
@@ -64,6 +65,7 @@ class NestedFFN(nnx.Module):
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
+    check_made_of(rngs, d_model=d_model, d_ff=d_ff, num_experts=num_experts)
     smallest = 2 ** (num_experts - 1)
     for key, value in (('d_model', d_model), ('d_ff', d_ff)):
       if value % smallest:

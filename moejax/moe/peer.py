@@ -21,6 +21,7 @@ from moejax.moe.metrics import routing_metrics
 from moejax.moe.neurons import neurons
 from moejax.moe.product_keys import retrieve
 from moejax.routers.router import Flags, as_batch
+from moejax.sizes import check_made_of
 from moejax.transformer.linear import LayerNorm, Linear, product
 from pallas_kernels import check_activation, hidden
 
@@ -75,13 +76,12 @@ class Peer(nnx.Module):
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
+    check_made_of(rngs, d_model=d_model, num_experts=num_experts, heads=heads, k=k)
     side = math.isqrt(num_experts)
-    if side * side != num_experts or num_experts < 1:
+    if side * side != num_experts:
       raise ValueError(f'num_experts={num_experts}: accepted are squares')
-    if not 1 <= k <= side:
+    if k > side:
       raise ValueError(f'k={k} with num_experts={num_experts}: accepted are 1 to {side}')
-    if heads < 1:
-      raise ValueError(f'heads={heads}: accepted are integers from 1')
     if query_width < 2 or query_width % 2:
       raise ValueError(f'query_width={query_width}: accepted are even integers from 2')
     if score not in SCORES:

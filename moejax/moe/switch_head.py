@@ -27,6 +27,7 @@ from moejax.moe.stats import routing_stats
 from moejax.routers import Flags
 from moejax.routers.affinity import TokenAffinity
 from moejax.routers.router import as_batch
+from moejax.sizes import check_made_of
 from moejax.transformer.attention import Visible, attend, visibility
 from moejax.transformer.linear import Linear, product
 from moejax.transformer.rotary import rotate
@@ -74,9 +75,9 @@ class SwitchHead(nnx.Module):
     work: RowWork = by_expert,
     rngs: nnx.Rngs,
   ):
-    if num_heads < 1:
-      raise ValueError(f'num_heads={num_heads}: accepted are integers from 1')
-    if not 1 <= k <= num_experts:
+    sizes = {'d_model': d_model, 'head_dim': head_dim, 'num_experts': num_experts}
+    check_made_of(rngs, **sizes, num_heads=num_heads, k=k)
+    if k > num_experts:
       raise ValueError(f'k={k} with num_experts={num_experts}: accepted are 1 to {num_experts}')
     losses = dict(losses or {})
     check_losses(losses)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.sizes import check_made_of
 from moejax.transformer.linear import Init, Linear, RMSNorm, fan_in_init, master_dtype
 from moejax.transformer.relative import RelativeBias
 from moejax.transformer.rotary import rotate
@@ -127,6 +128,8 @@ class Attention(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    sizes = {'d_model': d_model, 'num_heads': num_heads, 'num_kv_heads': num_kv_heads}
+    check_made_of(rngs, **sizes, head_dim=head_dim)
     if num_heads % num_kv_heads:
       raise ValueError(f'num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}')
     self.head_dim, self.causal, self.implementation = head_dim, causal, implementation

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moejax.sizes import check_made_of
 from moejax.transformer.linear import Init, Linear, fan_in_init
 from pallas_kernels import check_activation, hidden
 
@@ -25,6 +26,7 @@ class FFN(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    check_made_of(rngs, d_model=d_model, d_ff=d_ff)
     check_activation(activation)
     self.activation = activation
     options = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)

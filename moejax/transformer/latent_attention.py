@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moejax.sizes import check_made_of
 from moejax.transformer.attention import Visible, attend
 from moejax.transformer.linear import Init, Linear, RMSNorm, fan_in_init
 from moejax.transformer.rotary import rotate
@@ -83,6 +84,7 @@ class LatentAttention(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    check_made_of(rngs, d_model=d_model, num_heads=num_heads, head_dim=head_dim)
     self.head_dim, self.rotary_dim, self.kv_rank = head_dim, latent.rotary_dim, latent.kv_rank
     self.causal = causal
     value_dim = latent.value_dim or head_dim

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import Context, MoE, make_router
 from moejax.moe.exchange import make_exchange
+from moejax.moe.kinds import KINDS
 from moejax.routers.router import as_batch
 from moejax.transformer import Decoder
 
@@ -137,6 +138,50 @@ def test_what_is_no_value_of_its_kind_is_one_sentence_without_a_type_checker():
     *['rngs of type int: accepted is flax.nnx.Rngs, as in nnx.Rngs(0)'] * 3,
     '(1, 2, 16)',
   ], done.stderr
+
+
+MODULES = """
+from flax import nnx
+from moejax.moe.attention_experts import AttentionExperts
+from moejax.moe.experts import Experts
+from moejax.moe.kinds import BARE, KINDS, make_layer
+from moejax.moe.switch_head import SwitchHead
+from moejax.transformer import FFN, Attention, Latent, LatentAttention
+
+latent = Latent(q_rank=0, kv_rank=4, rotary_dim=2)
+
+def kind_of(name, width, rngs):
+  router = None if name in BARE else 'top_k'
+  return make_layer(name, width, 8, 4, router, options={'k': 2} if name == 'peer' else {}, rngs=rngs)
+
+makers = [
+  *(lambda width, rngs, name=name: kind_of(name, width, rngs) for name in KINDS),
+  lambda width, rngs: AttentionExperts(width, 8, 4, rngs=rngs),
+  lambda width, rngs: SwitchHead(width, 8, 4, rngs=rngs),
+  lambda width, rngs: Experts(width, 8, 4, rngs=rngs),
+  lambda width, rngs: FFN(width, 8, rngs=rngs),
+  lambda width, rngs: Attention(width, 2, 2, 8, causal=True, rngs=rngs),
+  lambda width, rngs: LatentAttention(width, 2, 8, latent, causal=True, rngs=rngs),
+]
+for make in makers:
+  make(16, nnx.Rngs(0))
+  for width, rngs in ((16, 0), (0, nnx.Rngs(0))):
+    try:
+      make(width, rngs)
+    except ValueError as error:
+      print(error)
+"""
+
+
+def test_every_module_refuses_a_width_of_zero_and_keys_that_are_no_rngs():
+  """Most failed deep inside: an int has no attribute params."""
+  done = subprocess.run(
+    [sys.executable, '-c', MODULES], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.stdout.splitlines() == [
+    'rngs of type int: accepted is flax.nnx.Rngs, as in nnx.Rngs(0)',
+    'd_model=0: accepted are integers from 1',
+  ] * (len(KINDS) + 6), done.stderr
 
 
 def test_meshes_that_an_exchange_cannot_use_are_refused():
