@@ -27,20 +27,19 @@ def get_config() -> ConfigDict:
   config.compiler = ConfigDict()
 
   config.data = ConfigDict()
-  config.data.name = 'wiki6'
+  config.data.name = 'wiki6'  # wiki6, mnist5k, or a prepared TFDS data set, such as c4/en
   config.data.split = 'train'  # TFDS splits and slices: train[:10%]
   config.data.eval_split = 'validation'
   config.data.objective = 'causal'  # causal (decoder), masked (encoder), classify (vit)
   config.data.sequence_length = 256
+  # bytes, hf:path/to/tokenizer.json, sentencepiece:path.model, tiktoken:name
   config.data.tokenizer = 'bytes'
   config.data.mask_rate = 0.15  # fraction of positions to predict, objective masked
   config.data.image_size = 0  # central square scaled to this side; 0: images as they are
-  config.data.normalization = (
-    'signed'  # of images: signed ([-1, 1]), standard (mean 0, deviation 1)
-  )
-  config.data.augment = (
-    'shift'  # of training images: shift (2 pixels), inception (crop, flip), none
-  )
+  # of images: signed ([-1, 1]), standard (mean 0, deviation 1)
+  config.data.normalization = 'signed'
+  # of training images: shift (2 pixels), inception (crop, flip), none
+  config.data.augment = 'shift'
   config.data.eval_crop = 1.0  # side of the central square that evaluation sees, of the whole one's
   config.data.data_dir = ''  # where prepared data sets lie; '': MOEJAX_DATA or ~/.cache/moejax/data
   config.data.allow_changed_stream = False  # resume on other data than the run began with
@@ -53,24 +52,23 @@ def get_config() -> ConfigDict:
   config.model.num_kv_heads = 0  # 0: num_heads
   config.model.head_dim = 0  # 0: d_model / num_heads
   config.model.d_ff = 512  # hidden width of dense feed-forward layers
-  config.model.activation = 'silu'
+  config.model.activation = 'silu'  # gelu, relu, relu2, silu
   config.model.gated = True
   config.model.qk_norm = True
-  config.model.qk_norm_scope = (
-    'head'  # what that norm is over: head, all (heads of a token at once)
-  )
+  # what that norm is over: head, all (heads of a token at once)
+  config.model.qk_norm_scope = 'head'
   # grouped (queries); latent (DeepSeek); experts (heads as experts, MoA); switch_head (experts in heads)
   config.model.attention = 'grouped'
   # kv_rank and rotary_dim; q_rank 0: queries without a latent, value_dim 0: head_dim
   config.model.latent = ConfigDict({'q_rank': 0, 'kv_rank': 0, 'rotary_dim': 0, 'value_dim': 0})
   config.model.heads = ConfigDict()  # of experts and switch_head; other attentions have none
   config.model.heads.num_experts = 8  # heads to choose from; of switch_head experts in each head
-  config.model.heads.options = (
-    ConfigDict()
-  )  # experts: {'kind': 'stick_breaking'}; switch_head: {'k': 2}
+  # experts: {'kind': 'stick_breaking'}; switch_head: {'k': 2}
+  config.model.heads.options = ConfigDict()
+  # of experts alone
   config.model.heads.router = ConfigDict(
     {'name': 'top_k', 'k': 2, 'weighting': 'softmax_topk_norm_sg'}
-  )  # of experts alone
+  )
   config.model.heads.losses = ConfigDict()  # coefficients: {'balance': 0.01, 'z': 0.001} in MoA
   config.model.positions = 'rotary'  # of decoder and encoder: rotary, relative (T5's biases)
   config.model.rope_theta = 10_000.0
@@ -79,9 +77,8 @@ def get_config() -> ConfigDict:
   config.model.patch_size = 4  # vit
   config.model.output = 'softmax'  # softmax; sigmoid: a vit whose images may have several labels
   config.model.head_bias = 0.0  # vit: where the biases of the classes begin
-  config.model.dtype = (
-    'auto'  # of the computation: auto (bfloat16 on accelerators), float32, bfloat16
-  )
+  # of the computation: auto (bfloat16 on accelerators), float32, bfloat16
+  config.model.dtype = 'auto'
   config.model.unroll = 1  # repeats of the layer scan in one iteration: faster, compiles longer
   config.model.remat = 'none'  # recompute in the backward pass: none, full, dots
 
@@ -109,7 +106,8 @@ def get_config() -> ConfigDict:
   config.model.moe.output_norm = False
   config.model.moe.momentum = ConfigDict()  # over depth: {'name': 'heavy_ball'}, adam, robust
   config.model.moe.dispatch = 'fused'  # fused, sorted, einsum
-  # the kernels of that dispatch (pallas_kernels/README.md): auto (of the platform), blocks, cpu, gpu, tpu, reference
+  # the kernels of that dispatch (pallas_kernels/README.md): auto (of the platform), blocks, cpu, gpu, ampere, tpu,
+  # reference
   config.model.moe.implementation = 'auto'
   # between devices: auto, local, all_gather, all_to_all, ragged_all_to_all, ragged_fallback, bilevel, sparse_fsdp
   config.model.moe.exchange = 'auto'
