@@ -23,6 +23,7 @@ from experiments.settings import ModelSettings, MoESettings
 from moejax import Assignment, Context, Scores
 from moejax.mesh.make import AXES
 from moejax.moe.dispatch import DISPATCHES
+from moejax.moe.exchange import EXCHANGES
 from moejax.moe.kinds import KINDS
 from moejax.moe.losses import LOSSES
 from moejax.moe.momentum import MOMENTA
@@ -55,7 +56,7 @@ def code(cell: str) -> list[str]:
 def names(tmp_path_factory) -> dict:
   """All names after the ```python blocks have run, in order, as one program."""
   blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-  assert len(blocks) == 4
+  assert len(blocks) == 5
   program = tmp_path_factory.mktemp('readme') / 'readme.py'
   program.write_text('\n'.join(blocks), encoding='utf-8')
   return runpy.run_path(str(program), run_name='readme')
@@ -86,9 +87,9 @@ def test_the_router_of_the_readme_is_what_it_says(names):
 def test_the_property_table_takes_the_router_of_the_readme(tmp_path):
   """In a process of its own, as a user runs it; a part of the table, and that a false flag fails."""
   blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-  assert len([line for line in blocks[2].splitlines() if line.strip()]) < 40
+  assert len([line for line in blocks[3].splitlines() if line.strip()]) < 40
   (tmp_path / 'my_router.py').write_text(
-    blocks[2] + '\n\ndef unsafe(*, d_model, num_experts, rngs):\n'
+    blocks[3] + '\n\ndef unsafe(*, d_model, num_experts, rngs):\n'
     '  from moejax.routers import make_router\n'
     '  made = make_router("image", d_model=d_model, num_experts=num_experts, rngs=rngs)\n'
     '  made.flags = dataclasses.replace(made.flags, prefix_safe_eval=True)\n'
@@ -124,10 +125,32 @@ def test_the_property_table_takes_the_router_of_the_readme(tmp_path):
 
 
 def test_every_path_exists():
-  links = [link for link in re.findall(r'\]\(([^)]+)\)', README) if '://' not in link]
+  links = [
+    link for link in re.findall(r'\]\(([^)]+)\)', README) if link[0] != '#' and '://' not in link
+  ]
   paths = {*links, *PATH.findall(README)}
   assert {'docs/layer.svg', 'scripts/bench_train.py', 'tests/experiments/test_train.py'} <= paths
   assert not [path for path in sorted(paths) if not (ROOT / path).exists()]
+
+
+def test_every_section_that_is_linked_exists():
+  links = set(re.findall(r'\]\(#([^)]+)\)', README))
+  titles = re.findall(r'^##+ (.*)$', README, re.MULTILINE)
+  assert 'not-there-yet' in links
+  assert links <= {re.sub(r'[^\w -]', '', title).lower().replace(' ', '-') for title in titles}
+
+
+def test_the_first_lines_count_what_there_is():
+  said = re.search(r'\[(\d+) routers\].* (\d+) dispatches times (\d+) exchanges', README)
+  there = (moejax.router_names(), DISPATCHES, EXCHANGES)
+  assert said
+  assert [int(number) for number in said.groups()] == [len(names) for names in there]
+  results = (ROOT / 'experiments/results/README.md').read_text(encoding='utf-8')
+  claims = re.search(r'(\d+) claims of papers: (\d+) reproduced, .* (\d+) opposite', results)
+  said = re.search(r'\[(\d+) claims of papers\].* (\d+) were reproduced, (\d+) came', README)
+  assert claims
+  assert said
+  assert said.groups() == claims.groups()
 
 
 def test_the_figure_names_files_that_exist():
