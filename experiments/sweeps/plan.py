@@ -110,4 +110,8 @@ def _get(config: ConfigDict, dotted: str) -> Any:
 
 
 def _short(value: Any) -> str:
-  return str(value.get('name', value)) if isinstance(value, Mapping) else str(value)
+  """'top_k(k=1)' of a section with a name, so that runs that differ in its options alone are told apart."""
+  if not isinstance(value, Mapping) or 'name' not in value:
+    return str(value)
+  options = ','.join(f'{key}={one}' for key, one in value.items() if key != 'name')
+  return f'{value["name"]}({options})' if options else str(value['name'])

@@ -57,7 +57,7 @@ def test_a_router_is_replaced_as_a_whole(sweep):
     sweep("[{'model.moe.router': {'name': 'expert_choice', 'group': 'position'}}]")
   )
   assert run.settings.model.moe.router == {'name': 'expert_choice', 'group': 'position'}
-  assert run.name == 'router=expert_choice'
+  assert run.name == 'router=expert_choice(group=position)'
 
 
 def test_the_key_is_of_what_the_config_says_and_not_of_where_it_stands(sweep):
