@@ -117,10 +117,18 @@ LOSSES = {'balance': 1.0, 'z': 1.0, 'importance': 1.0, 'sequence_balance': 1.0}
 
 
 def make_layer(row, seed=0, **options) -> MoE:
+  """A layer of one's own: its parameters are drawn once for all who ask for the same, which is most of the work."""
+  graph, state = drawn_layer(row, seed, jax.config.jax_enable_x64, **options)
+  return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # variables of its own
+
+
+@functools.cache
+def drawn_layer(row, seed, x64, **options) -> tuple[nnx.GraphDef, nnx.State]:
+  """Graph and state of a layer; with 64 bits its numbers are drawn otherwise."""
   layer = MoE(D, F, E, dict(ROWS[row]), losses=LOSSES, rngs=nnx.Rngs(seed), **options)
   if layer.router.bias is not None:
     layer.router.bias = RouterBias(jnp.array([0.3, -0.2, 0.0, 0.1], jnp.float32))
-  return layer
+  return nnx.split(layer)
 
 
 @functools.cache
@@ -129,10 +137,12 @@ def unchanged_layer(row) -> MoE:
   return make_layer(row)
 
 
+@functools.cache
 def tokens(seed=1, shape=(B, S, D), dtype=jnp.float32):
   return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
+@functools.cache
 def ids(seed=5, shape=(B, S)):
   return jax.random.randint(jax.random.key(seed), shape, 0, V, jnp.int32)
 
@@ -142,16 +152,27 @@ def context(train=True, *, token_ids=None, **fields) -> Context:
 
   There is a mask unless a test asks for none: programs with and without one are not the same.
   """
-  token_ids = ids() if token_ids is None else token_ids
+  known = usual(jax.config.jax_enable_x64) if token_ids is None else known_of(token_ids)
+  return Context(**known | {'train': train} | fields)
+
+
+@functools.cache
+def usual(x64) -> dict:
+  """What is known of the usual ids, computed once, also where it is first asked for in a program."""
+  with jax.ensure_compile_time_eval():
+    return known_of(ids())
+
+
+def known_of(token_ids) -> dict:
+  """The fields of a context of these ids."""
   table = jax.random.normal(jax.random.key(8), (V, E))
-  usual = {'rng': jax.random.key(7), 'train': train, 'progress': jnp.float32(0.4)}
+  known = {'token_ids': token_ids, 'rng': jax.random.key(7), 'progress': jnp.float32(0.4)}
   first = token_ids[:, :3]
-  usual['shared'] = {'read_me': table[token_ids]}
-  usual |= {'task': first[:, 0] % 2, 'time': first[:, 0] / V, 'domain': table[first[:, 0]]}
-  usual |= {'text': table[first], 'mask': jnp.ones(token_ids.shape, bool)}
+  known['shared'] = {'read_me': table[token_ids]}
+  known |= {'task': first[:, 0] % 2, 'time': first[:, 0] / V, 'domain': table[first[:, 0]]}
+  known |= {'text': table[first], 'mask': jnp.ones(token_ids.shape, bool)}
   maps = jax.random.uniform(jax.random.key(9), (V, token_ids.shape[1]))
-  usual |= {'maps': maps[first]}
-  return Context(**usual | fields, token_ids=token_ids)
+  return known | {'maps': maps[first]}
 
 
 def through(layer, x, context, apply):

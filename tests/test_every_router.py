@@ -27,6 +27,7 @@ from tests.router_table import (
   by_oracle,
   check_close,
   context,
+  drawn_layer,
   draws,
   ids,
   make_layer,
@@ -52,7 +53,14 @@ def row(request):
   Linux's limit of 65,530 a process.
   """
   yield request.param
-  for of_the_row in (program, promise_program, promised_outputs, plan_of, unchanged_layer):
+  for of_the_row in (
+    program,
+    promise_program,
+    promised_outputs,
+    plan_of,
+    unchanged_layer,
+    drawn_layer,
+  ):
     of_the_row.cache_clear()
   maps = pathlib.Path('/proc/self/maps')
   if not maps.exists() or maps.read_bytes().count(b'\n') > 10_000:
