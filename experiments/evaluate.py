@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     'experiments.evaluate',
     workdir='a run, whose newest checkpoint is evaluated; nothing is written',
   )
-  absent = BadInput(f'--workdir={folder} has no checkpoint to evaluate')
+  absent = BadInput(f'--workdir={folder} has no checkpoint to evaluate: give the folder of a run')
   if not (folder / 'checkpoints').is_dir():
     raise absent
   parts = assemble(settings)

@@ -58,13 +58,16 @@ def main(argv: list[str]) -> int:
   for devices in wanted:
     if experts % devices:
       raise BadInput(f'--devices={devices} does not divide the {experts} experts of a layer')
+  absent = BadInput(
+    f'--workdir={folder} has no checkpoint of a model to place: give the folder of a run'
+  )
   if not (folder / 'checkpoints').is_dir():
-    raise BadInput(f'--workdir={folder} has no checkpoint of a model to place')
+    raise absent
   parts = assemble(settings)
   with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
     restored = checkpoints.restore(parts.program.abstract)
   if restored is None:
-    raise BadInput(f'--workdir={folder} has no checkpoint of a model to place')
+    raise absent
   state, _ = restored
   model = parts.program.definition.model(state.params, state.routing)
   if not isinstance(model, Decoder):

@@ -44,8 +44,11 @@ def read(section: type[Section], values: Mapping[str, Any], prefix: str = '') ->
 
 def unknown_key(key: str, accepted: list[str], beside: list[str] | None = None) -> str:
   """The sentence for a key that does not exist: the nearest accepted one, or else all `beside` it, or of them."""
+  sections = {name.rpartition('.')[0] for name in accepted}
   near = difflib.get_close_matches(key, accepted, n=1, cutoff=0.75) or [
-    name for name in accepted if name.rpartition('.')[2] == key.rpartition('.')[2]
+    name
+    for name in accepted
+    if name.rpartition('.')[2] == key.rpartition('.')[2] and name not in sections
   ]
   if near:
     return f'{key} is not a setting: did you mean {near[0]}?'

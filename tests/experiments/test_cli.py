@@ -218,6 +218,10 @@ def test_a_command_line_without_a_usable_config_is_refused(arguments, sentence):
       'mesh.rows is not a setting: accepted are mesh.data, mesh.expert, mesh.fsdp, mesh.tensor',
     ),
     (
+      '--config.mesh.model=2',  # a section of another place is no answer
+      'mesh.model is not a setting: accepted are mesh.data, mesh.expert, mesh.fsdp, mesh.tensor',
+    ),
+    (
       '--config.lr=3',
       'lr is not a setting: accepted are allow_leak, batch_size, checkpoint, compiler, data, eval, log, mesh, '
       'microbatches, model, optim, profile, seed, steps',
