@@ -157,7 +157,10 @@ class RoutingStats:
     sparsity: scalar, sum of the L1 norms of `Scores.probs`, each of unit L2 norm.
     cost_e: `[E]`, tokens times the relative cost of the expert; None: all cost the same.
     guidance: scalar, sum of `Scores.guidance`; None where there is none.
-    clusters: as in `Scores`.
+    home_g: `[G]`, tokens at home with each cluster, by the place of their sequence in the batch: sequence b of B with
+      cluster `b G // B`, which is how a mesh lays both out, whatever its size. None of a single cluster.
+    local_g: `[G]`, the sum of the probabilities that they give to the experts of that cluster. None likewise.
+    clusters: G, as in `Scores`.
     part: what these are of: 'moe', 'attention' whose heads are experts, or 'depth', which tokens a block works on.
 
   E counts all experts that the router knows.
@@ -177,6 +180,8 @@ class RoutingStats:
   lost: Array | None = None
   cost_e: Array | None = None
   guidance: Array | None = None
+  home_g: Array | None = None
+  local_g: Array | None = None
   clusters: int = dataclasses.field(default=1, metadata=STATIC)
   part: str = dataclasses.field(default='moe', metadata=STATIC)
 

@@ -49,17 +49,18 @@ BARE: dict[str, tuple[str, ...]] = {
 """Kinds that take no more than these of the options below; the others take all."""
 
 UNMOVED: dict[str, tuple[str, ...]] = {
-  'peer': ('cluster_balance', 'guidance', 'load'),
+  'peer': ('cluster_balance', 'guidance', 'load', 'locality'),
   'deep': (
     'balance',
     'cluster_balance',
     'cost_balance',
     'guidance',
     'load',
+    'locality',
     'member_balance',
     'sequence_balance',
   ),
-  'nested': ('cluster_balance', 'guidance', 'load'),
+  'nested': ('cluster_balance', 'guidance', 'load', 'locality'),
 }
 """Losses that have no gradient in a kind with a router of its own, which has no noise, no clusters and nobody to guide
 it; those by choice are constant where every expert is chosen."""

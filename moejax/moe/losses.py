@@ -2,8 +2,8 @@
 
 The scope of a loss is the set of tokens whose stats were added up before the call: one call of a layer, the
 whole batch over a mesh, or all microbatches of an accumulated step. `sequence_balance` alone is per sequence
-whatever was added. Forms and values: f_e is the fraction of rows that wanted expert e (sums to one, no
-gradient), P_e the mean probability (sums to one).
+whatever was added, and `locality` alone asks where in its batch a sequence stands. Forms and values: f_e is the
+fraction of rows that wanted expert e (sums to one, no gradient), P_e the mean probability (sums to one).
 """
 
 from __future__ import annotations
@@ -124,6 +124,21 @@ def cluster_contrast(stats: RoutingStats) -> Float[Array, '']:
   return variance * jnp.exp(mean_g[1] - mean_g[0])
 
 
+def locality(stats: RoutingStats) -> Float[Array, '']:
+  """KL divergence between where the router sends the tokens and the fully local distribution: 0 when every token
+  stays with the cluster of experts that its sequence lies with, log G when all clusters are as probable.
+
+  LocMoE, Li et al. 2024, `mu KL(D_c || D_l)`, D_c current and D_l local; mu is not published. Here D_c and D_l are
+  distributions of (home, cluster) over all tokens, and the divergence is `KL(D_l || D_c)`, the mean over tokens of
+  `-log` of what those of a home give to their own cluster: the other way round it is infinite unless all stay at home.
+  Scope: all tokens whose stats were added. Which cluster is home, see `RoutingStats`; zero with a single cluster.
+  """
+  if stats.home_g is None or stats.local_g is None:
+    return jnp.zeros_like(stats.z)
+  own_g = jnp.maximum(stats.local_g / jnp.maximum(stats.home_g, 1), 1e-20)
+  return _mean(-jnp.sum(stats.home_g * jnp.log(own_g)), stats)
+
+
 def load_concentration(stats: RoutingStats) -> Float[Array, '']:
   """Entropy of the mean probabilities, in nats: as a loss it empties experts, for pruning.
 
@@ -164,6 +179,7 @@ LOSSES: dict[str, Callable[[RoutingStats], Array]] = {
   'importance_square': importance_square,
   'load': load,
   'load_concentration': load_concentration,
+  'locality': locality,
   'member_balance': member_balance,
   'mutual_information': mutual_information,
   'sequence_balance': sequence_balance,

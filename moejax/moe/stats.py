@@ -16,8 +16,8 @@ def routing_stats(
   context: Context,
   costs: tuple[float, ...] | None = None,
 ) -> RoutingStats:
-  """Sums over the real tokens of one call. Gradients flow through `prob_e`, `load_e`, `z`, `entropy`, `sparsity` and
-  the probabilities of `sequence_balance`; counts have none. `costs` are relative, one an expert."""
+  """Sums over the real tokens of one call. Gradients flow through `prob_e`, `load_e`, `z`, `entropy`, `sparsity`,
+  `local_g` and the probabilities of `sequence_balance`; counts have none. `costs` are relative, one an expert."""
   mask_bs = jnp.ones(scores.probs.shape[:2], bool) if context.mask is None else context.mask
   probs_bse = jnp.where(mask_bs[..., None], scores.probs, 0)
   if isinstance(plan, Assignment):
@@ -32,6 +32,7 @@ def routing_stats(
   partition_bs = scores.partition
   if partition_bs is None:
     partition_bs = jax.nn.logsumexp(scores.logits, -1)
+  home_g, local_g = _at_home(probs_bse.sum(1), mask_bs, scores.clusters)
   return RoutingStats(
     tokens=tokens,
     chosen_e=chosen_be.sum(0),
@@ -48,6 +49,8 @@ def routing_stats(
     sparsity=_sparsity(probs_bse, mask_bs),
     cost_e=None if costs is None else tokens * jnp.asarray(costs, probs_bse.dtype),
     guidance=None if scores.guidance is None else jnp.where(mask_bs, scores.guidance, 0).sum(),
+    home_g=home_g,
+    local_g=local_g,
     clusters=scores.clusters,
   )
 
@@ -66,6 +69,20 @@ def _sparsity(probs_bse: Array, mask_bs: Array) -> Array:
   # probabilities of sigmoids may all come to 0
   square_bs = jnp.where(mask_bs & (square_bs > 0), square_bs, 1)
   return (probs_bse.sum(-1) * jax.lax.rsqrt(square_bs)).sum()
+
+
+def _at_home(
+  prob_be: Array, mask_bs: Array, clusters: int
+) -> tuple[Array, Array] | tuple[None, None]:
+  """Tokens at home with each cluster, and the probabilities that they give to it; None of a single cluster."""
+  if clusters == 1:
+    return None, None
+  num_sequences = prob_be.shape[0]
+  home_b = jnp.arange(num_sequences) * clusters // num_sequences
+  is_home_bg = jax.nn.one_hot(home_b, clusters, dtype=prob_be.dtype)
+  prob_bg = prob_be.reshape(num_sequences, clusters, -1).sum(-1)
+  count_b = mask_bs.sum(1, dtype=prob_be.dtype)
+  return (is_home_bg * count_b[:, None]).sum(0), (is_home_bg * prob_bg).sum(0)
 
 
 def _count_rows(plan: Assignment, mask_bs: Array, dtype) -> tuple[Array, Array, Array, Array]:

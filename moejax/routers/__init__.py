@@ -98,6 +98,7 @@ PASSED_ON: dict[Callable[..., Router], tuple[Callable[..., Router], tuple[str, .
   group_limited: (token_choice, ()),
   gshard: (top_k, ('k',)),
   image: (token_choice, ()),
+  locmoe: (token_choice, ('k',)),
   m3vit: (token_choice, ()),
   mask_moe: (token_choice, ('balance_bias',)),
   modified_softmax: (token_choice, ()),

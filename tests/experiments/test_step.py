@@ -27,7 +27,7 @@ from moejax.moe.losses import LOSSES
 from moejax.transformer import Decoder, ViT
 
 B, S, V = 32, 8, 16
-ROUTER = {'name': 'top_k', 'k': 2, 'balance_bias': True, 'weighting': 'sigmoid_norm'}
+ROUTER = {'name': 'group_limited', 'k': 2, 'groups': 2, 'limit': 2, 'weighting': 'sigmoid_norm'}
 ALL_LOSSES = dict.fromkeys(LOSSES, 0.5)  # far larger than usual, so that a wrong one shows
 
 

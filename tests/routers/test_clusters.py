@@ -62,6 +62,62 @@ def test_the_block_mean_gate():
   assert not jax.tree.leaves(nnx.split(router)[1])
 
 
+def locality_of(x, nodes=2, mask=None):
+  router = make_router('locmoe', d_model=4, num_experts=4, rngs=nnx.Rngs(0), nodes=nodes)
+  context = Context(mask=mask)
+  return losses.locality(routing_stats(*router.route(x, context), context))
+
+
+def test_locality_is_the_divergence_of_the_fully_local_distribution():
+  """Four sequences, two nodes: the first two sequences are at home with experts 0 and 1, the last two with 2 and 3.
+
+  Block means (log 6, 0, 0, log 2) are probabilities (6, 1, 1, 2) / 10: 7 / 10 for node 0 and 3 / 10 for node 1.
+  """
+  x = jnp.log(jnp.array([6.0, 1.0, 1.0, 2.0]))
+  flipped = x[::-1]
+  here, away = -np.log(0.7), -np.log(0.3)
+  same = jnp.broadcast_to(x, (4, 3, 4))
+  assert float(locality_of(same)) == pytest.approx((here + away) / 2, rel=1e-5)
+  apart = same.at[2:].set(flipped)
+  assert float(locality_of(apart)) == pytest.approx(here, rel=1e-5)
+  assert float(locality_of(apart[::-1])) == pytest.approx(away, rel=1e-5)
+  certain = jnp.zeros((4, 3, 4)).at[:2, :, 0].set(100).at[2:, :, 3].set(100)
+  assert float(locality_of(certain)) == pytest.approx(0, abs=1e-6)
+  assert float(locality_of(jnp.zeros((4, 3, 4)))) == pytest.approx(np.log(2), rel=1e-5)
+  assert float(locality_of(same, nodes=1)) == 0
+
+
+def test_locality_is_of_whole_homes_and_of_real_tokens():
+  """The mean probability of a home counts, not that of each token; padding counts nowhere."""
+  x = jnp.zeros((2, 2, 4)).at[0, 0].set(jnp.log(jnp.array([6.0, 1.0, 1.0, 2.0])))
+  mask = jnp.array([[True, True], [True, False]])
+  want = -(2 * np.log((0.7 + 0.5) / 2) + np.log(0.5)) / 3
+  assert float(locality_of(x, mask=mask)) == pytest.approx(want, rel=1e-5)
+
+
+def test_locality_draws_tokens_home():
+  """Its gradient is that of its definition, and a step against it raises what a home's experts get."""
+  x = jnp.abs(tokens((4, 3, 4))) + 0.1
+
+  def by_definition(x):
+    probs = jax.nn.softmax(x, -1)
+    first, last = probs[:2, :, :2].sum(-1).mean(), probs[2:, :, 2:].sum(-1).mean()
+    return -(jnp.log(first) + jnp.log(last)) / 2
+
+  value, gradient = jax.value_and_grad(locality_of)(x)
+  want, want_gradient = jax.value_and_grad(by_definition)(x)
+  assert float(value) == pytest.approx(float(want), rel=1e-5)
+  np.testing.assert_allclose(gradient, want_gradient, atol=1e-6)
+  assert (gradient[:2, :, :2] < 0).all()
+  assert (gradient[2:, :, 2:] < 0).all()
+  assert float(locality_of(x - gradient)) < float(value)
+
+
+def test_nodes_that_do_not_divide_the_experts_are_refused():
+  with pytest.raises(ValueError, match='nodes=3 does not divide num_experts=4'):
+    make('locmoe', 4, nodes=3)
+
+
 def test_dropped_experts_of_a_cluster_take_no_tokens_in_training():
   """Eight experts in two clusters, half of each dropped; who survives changes with the progress of training only."""
   router, x = make('moec', 8, clusters=2, resamples=10), tokens((4, 64, D))
