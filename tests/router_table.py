@@ -11,7 +11,7 @@ from flax import nnx
 from moejax import Context, MoE, oracle
 from moejax.routers import ROUTERS, RouterBias
 
-B, S, D, E, F, V = 2, 5, 8, 4, 6, 16
+B, S, D, E, F, V = 2, 8, 8, 4, 6, 16
 
 ROWS = {
   'top_k': {'name': 'top_k', 'k': 2, 'weighting': 'softmax_topk_norm'},
@@ -54,6 +54,9 @@ ROWS = {
   },
   'soft': {'name': 'soft', 'slots': 2},
   'soft_combine': {'name': 'soft', 'slots': 2, 'mixing': 'learned_combine'},
+  'soft_dispatch': {'name': 'soft', 'slots': 2, 'mixing': 'learned_dispatch'},
+  'soft_uniform': {'name': 'soft', 'slots': 2, 'mixing': 'uniform'},
+  'soft_identity': {'name': 'soft', 'slots': 2, 'mixing': 'identity'},
   'dense': {'name': 'dense'},
   'hash': {'name': 'hash', 'of': 'bigram'},
   'sinkhorn': {'name': 'sinkhorn'},
@@ -85,7 +88,7 @@ ROWS = {
   'ds_moe': {'name': 'ds_moe', 'eval_k': 2},
   'ds_moe_threshold': {'name': 'ds_moe', 'eval_threshold': 0.3},
   'smile': {'name': 'smile', 'nodes': 2},
-  'locmoe': {'name': 'locmoe'},
+  'locmoe': {'name': 'locmoe', 'nodes': 2},
   'moec': {'name': 'moec', 'width': 3},
   'rmoe': {'name': 'rmoe', 'width': 3},
   'gating_residual': {'name': 'gating_residual'},
@@ -310,9 +313,11 @@ def widen(layer: MoE) -> MoE:
   return nnx.merge(graph, jax.tree.map(wide, state))
 
 
-def rotated(layer: MoE) -> MoE:
-  """The same layer with every expert's weights moved to its neighbour."""
-  nnx.update(layer.experts, jax.tree.map(lambda w: jnp.roll(w, 1, 0), nnx.split(layer.experts)[1]))
+def rotated(layer: MoE, names=None) -> MoE:
+  """The same layer with every expert's weights, or those of these names, moved to its neighbour."""
+  weights = nnx.to_pure_dict(nnx.split(layer.experts)[1])
+  moved = {n: jnp.roll(w, 1, 0) if names is None or n in names else w for n, w in weights.items()}
+  nnx.update(layer.experts, moved)
   return layer
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import moejax
-from moejax import Assignment, Context, SoftPlan, oracle
+from moejax import Assignment, SoftPlan, oracle
 from moejax.moe.dispatch import DISPATCHES, fused
 from moejax.moe.zero_computation import rows_of_bank
 from moejax.routers import ROUTERS
@@ -77,8 +77,9 @@ def test_value_and_gradient_are_the_oracles_in_float32(row):
   y, _, _, gradients = program(row)(layer, x, context())
   want, _, _, want_gradients = program(row, by_oracle)(layer, x, context())
   check_close((y, gradients), (want, want_gradients), 1e-5)
-  # the check can fail: with experts moved by one the output is far off
-  far = jnp.abs(program(row)(rotated(layer), x, context())[0] - want).max()
+  # the check can fail: with experts moved by one the output is far off; of a mean of all experts with half of each
+  moved = rotated(layer, ('w_down',) if row == 'soft_uniform' else None)
+  far = jnp.abs(program(row)(moved, x, context())[0] - want).max()
   assert far > 10 * jnp.abs(y - want).max()
   assert far > 1e-2 * jnp.abs(want).max()
 
@@ -94,7 +95,7 @@ def test_value_and_gradient_are_the_oracles_in_float64(row):
   check_close((y, gradients), (want, want_gradients), 1e-10)
 
 
-SLOTS = ('soft', 'soft_combine', 'mixture_of_tokens')
+SLOTS = (*(row for row in ROWS if ROWS[row]['name'] == 'soft'), 'mixture_of_tokens')
 """Rows whose slots no dispatch sees."""
 
 
@@ -171,7 +172,7 @@ def test_the_task_moves_the_router_and_every_used_expert(row):
 def test_padding_is_invisible_whatever_it_holds(row):
   """NaN in padded rows reaches no output, no gradient, no loss and no statistic."""
   layer = make_layer(row)
-  mask = jnp.array([[True] * S, [True] * 3 + [False] * 2])
+  mask = jnp.array([[True] * S, [True] * 3 + [False] * (S - 3)])
   clean = jnp.where(mask[..., None], tokens(), 0)
   dirty = jnp.where(mask[..., None], clean, jnp.nan)
   want = program(row)(layer, clean, context(mask=mask))
@@ -181,8 +182,8 @@ def test_padding_is_invisible_whatever_it_holds(row):
   y, _, stats, gradients = got
   assert float(jnp.abs(y[1, 3:]).max()) == 0
   assert float(jnp.abs(gradients[1][1, 3:]).max()) == 0
-  assert float(stats.tokens) == 8
-  assert float(stats.prob_e.sum()) == pytest.approx(8, rel=1e-5)
+  assert float(stats.tokens) == S + 3
+  assert float(stats.prob_e.sum()) == pytest.approx(S + 3, rel=1e-5)
 
 
 @pytest.mark.parametrize('row', ['top_k', *(row for row in ONE_OF_EACH if row not in SCORERS)])
@@ -316,10 +317,96 @@ def test_dropless_token_choice_is_permutation_equivariant():
   )
 
 
-def test_ties_go_to_the_lowest_index():
-  layer = make_layer('top_k')
-  plan = layer.router.assign(
-    dataclasses.replace(layer.router.scores(tokens(), Context()), select=jnp.zeros((B, S, E))),
-    Context(),
+UNTIED = {
+  'soft': 'chooses nothing',
+  'mixture_of_tokens': 'chooses nothing',
+  'hash': 'chooses by token ids',
+  'thor': 'draws experts',
+  'ewa': 'draws experts',
+  'sparse_expert_choice': 'its prices keep experts from tokens that others have taken',
+}
+"""Routers without a choice between equal scores."""
+
+UNTIED_IN_TRAINING = {
+  'base': 'fills every expert',
+  'dense_to_sparse': 'has noise of its own beside the scores',
+  'moec': 'drops experts at random',
+}
+
+EXPERTS_CHOOSE = ('expert_choice', 'sinkhorn_expert_choice')
+
+
+class Equal(nnx.Module):
+  """A scorer to which all is alike: logits 0, or -inf where they are, without noise."""
+
+  def __init__(self, scorer):
+    self.scorer = scorer
+
+  def __call__(self, x, context):
+    logits, _, *state = self.scorer(x, context)
+    return jnp.where(jnp.isneginf(logits), logits, 0), None, *state
+
+  def initial_state(self, *shape):
+    return self.scorer.initial_state(*shape)
+
+
+def check_first(index, among=None):
+  """These are the first of `among`, all numbers where not given."""
+  index = np.sort(index)
+  np.testing.assert_array_equal(
+    index, (np.arange(index.size) if among is None else among)[: index.size]
   )
-  np.testing.assert_array_equal(plan.chosen.reshape(B, S, 2), np.broadcast_to([0, 1], (B, S, 2)))
+
+
+@pytest.mark.parametrize('life', ['train', 'eval'])
+def test_of_equal_scores_the_lowest_index_is_chosen(row, life):
+  """Tokens take the first experts, experts the first tokens of those that compete for them."""
+  name, options = ROWS[row]['name'], ROWS[row]
+  if name in UNTIED or (life == 'train' and name in UNTIED_IN_TRAINING):
+    return
+  router = make_layer(row).router
+  router.scorer, router.bias = Equal(router.scorer), None
+  scores, plan = router.route(tokens(), context(train=life == 'train'))
+  token, chosen = np.asarray(plan.token), np.asarray(plan.chosen)
+  sequence, position, wanted = token // S, token % S, chosen < plan.num_experts
+  if name in EXPERTS_CHOOSE:
+    group = options.get('group', 'sequence')
+    of, place = {
+      'sequence': (sequence, position),
+      'batch': (0 * token, token),
+      'position': (position, sequence),
+    }[group]
+    for one in set(of):
+      for e in range(E):
+        chose = wanted & (of == one) & (chosen == e)
+        assert chose.any()
+        check_first(place[chose])
+    return
+  sees_te = np.ones((B * S, plan.num_experts), bool)
+  if name == 'mask_moe':
+    sees_te = ~np.isneginf(scores.logits).reshape(B * S, E)
+  for t in range(B * S):
+    own = chosen[wanted & (token == t)]
+    assert own.size or name in ('ds_moe', 'space_moe')  # below a threshold, on no map
+    check_first(own, np.flatnonzero(sees_te[t]))
+
+
+@pytest.mark.parametrize('row', [row for row in ROWS if 'capacity_factor' in ROWS[row]])
+def test_where_there_is_no_room_for_all_of_equal_scores_the_first_tokens_have_it(row):
+  name, options = ROWS[row]['name'], ROWS[row]
+  if name in (*UNTIED, *EXPERTS_CHOOSE) or options.get('priority') == 'random':
+    return
+  router = make_layer(row).router
+  router.scorer, router.bias = Equal(router.scorer), None
+  plan = router(tokens(), context(train=True))
+  token, expert, chosen = (np.asarray(a) for a in (plan.token, plan.expert, plan.chosen))
+  of = token // S if options.get('capacity_group') == 'sequence' else 0 * token
+  for one in set(of):
+    rows = (of == one) & (chosen == 0)
+    kept = (expert == 0)[rows][np.argsort(token[rows], kind='stable')]
+    assert 0 < kept.sum() < kept.size
+    check_first(np.flatnonzero(kept))
+
+
+def test_exemptions_from_the_rule_of_ties_are_of_routers_that_there_are():
+  assert set(UNTIED) | set(UNTIED_IN_TRAINING) | set(EXPERTS_CHOOSE) <= set(ROUTERS)

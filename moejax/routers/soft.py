@@ -148,7 +148,11 @@ def soft(
     Mix(mixing),
     num_experts=num_experts,
     flags=Flags(
-      prefix_safe_train=safe, prefix_safe_eval=safe, batch_free=True, trains_router=learns
+      prefix_safe_train=safe,
+      prefix_safe_eval=safe,
+      batch_free=True,
+      trains_router=learns,
+      needs_past=safe,  # the slot is the token's place
     ),
     slots=num_experts * slots,
   )
