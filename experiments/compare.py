@@ -1,11 +1,16 @@
 """Compares routers fairly: one model, one data order, the same active parameters, several seeds.
 
-  python -m experiments.compare --config configs/compare/x.py [--workdir DIR] [--out DIR] [--config.key=value ...]
+  python -m experiments.compare --config configs/compare/x.py [--workdir DIR] [--out DIR] [--add_to DIR]
+    [--config.key=value ...]
 
 The config is a sweep file whose runs differ in `model.moe.router`, what belongs to it, and `seed`. Trains what is not
 finished, as experiments.sweep does, and writes comparison.csv, plot.png, result.json and README.md to --out (else to
 DIR): of each router mean and standard deviation of the evaluation loss, tokens per second, FLOPs, entropy of
 the load, drops. A router is called better than the first one only beyond two standard deviations of the seeds.
+
+With --add_to, the comparison that is recorded there gets what the file has beside: routers whose runs are in its
+result.json are not trained again, and all is written anew, there unless --out says where. A router whose entry is
+taken out of result.json is trained again.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from experiments.log import read_lines
 from experiments.studies import figure, rows
 from experiments.studies.rows import Row, mean_sd
 from experiments.sweeps import plan, record
+from experiments.sweeps.plan import Run
 
 COLUMNS = (
   'router',
@@ -40,6 +46,8 @@ COLUMNS = (
   'load_entropy',
   'dropped',
 )
+Line = dict[str, Any]
+"""Of a router: COLUMNS, and by seed `losses` and `runs`, their keys."""
 
 
 def main(argv: list[str]) -> int:
@@ -55,22 +63,24 @@ def main(argv: list[str]) -> int:
     sweep.list_runs(runs)
     return 0
   folder = Path(given) if given else Path('runs') / 'compare' / Path(file).stem
-  out = workdir.make_folder(Path(own['out']), '--out') if own['out'] else folder
-  with workdir.locked(folder):
-    sweep.train_all(runs, folder, own['workers'], own['retries'], own['backend'])
-  table = rows.read(folder)
-  groups = by_router(table)
-  lines = compare_all(folder, groups)
-  record.write_table(lines, out / 'comparison.csv')
-  losses = {name: [row['eval_loss'] for row in group] for name, group in groups.items()}
-  ordered = dict(sorted(losses.items(), key=lambda item: statistics.fmean(item[1])))
-  figure.bars(
-    out / 'plot.png',
-    ordered,
-    'evaluation loss, nats',
-    f'{Path(file).stem}: mean and s.d. over seeds',
+  before = read_record(Path(own['add_to'])) if own['add_to'] else {}
+  where = own['out'] or own['add_to']
+  out = workdir.make_folder(Path(where), '--out') if where else folder
+  recorded = still_recorded(runs, before)
+  missing = [run for run in runs if label(run.changes) not in recorded]
+  table: list[Row] = []
+  if missing:
+    with workdir.locked(folder):
+      sweep.train_all(missing, folder, own['workers'], own['retries'], own['backend'])
+    table = rows.read(folder)
+  trained = {name: measured(folder, name, group) for name, group in by_router(table).items()}
+  names = dict.fromkeys(label(run.changes) for run in runs)
+  lines = judge([recorded.get(name) or trained[name] for name in names])
+  record.write_table(
+    [{key: line[key] for key in COLUMNS} for line in lines], out / 'comparison.csv'
   )
-  write_page(out, Path(file), overrides, lines, table)
+  draw(out / 'plot.png', Path(file).stem, lines)
+  write_page(out, Path(file), overrides, lines, table, before)
   print(page_table(lines))
   print(f'{out / "comparison.csv"}, {out / "plot.png"}', file=sys.stderr)
   return 0
@@ -81,6 +91,40 @@ def _define(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     'out', '', 'folder of the table and the figure; else the workdir', flag_values=values
   )
+  flags.DEFINE_string(
+    'add_to',
+    '',
+    'folder of a recorded comparison, whose routers are not trained again',
+    flag_values=values,
+  )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+  """The result.json of a comparison.
+
+  Raises:
+    BadInput: there is none, or it is not of a comparison.
+  """
+  file = folder / 'result.json'
+  found = workdir.read_json(file) if file.is_file() else {}
+  if 'routers' not in found:
+    raise BadInput(
+      f'--add_to={folder}: accepted is the folder of a recorded comparison, with its result.json'
+    )
+  return found
+
+
+def still_recorded(runs: Sequence[Run], before: Mapping[str, Any]) -> dict[str, Line]:
+  """The recorded lines of the routers whose runs are those that the file asks for."""
+  wanted: dict[str, list[str]] = {}
+  for run in runs:
+    wanted.setdefault(label(run.changes), []).append(run.key)
+  lines = {line['router']: line for line in before.get('routers', ())}
+  return {
+    name: lines[name]
+    for name, keys in wanted.items()
+    if name in lines and sorted(lines[name].get('runs', ())) == sorted(keys)
+  }
 
 
 def by_router(table: Sequence[Row]) -> dict[str, list[Row]]:
@@ -99,7 +143,7 @@ def by_router(table: Sequence[Row]) -> dict[str, list[Row]]:
   for group in groups.values():
     group.sort(key=lambda row: row['seed'])
   seeds = {name: [row['seed'] for row in group] for name, group in groups.items()}
-  first = next(iter(seeds.values()))
+  first = next(iter(seeds.values()), [])
   for name, own in seeds.items():
     if own != first:
       raise BadInput(
@@ -108,7 +152,7 @@ def by_router(table: Sequence[Row]) -> dict[str, list[Row]]:
   return groups
 
 
-def label(row: Row) -> str:
+def label(row: Mapping[str, Any]) -> str:
   """'top_k k=2 capacity_factor=1.25', 'dense model' where no layer is a mixture."""
   if row.get('model.moe.layers') == 'none':
     return 'dense model'
@@ -117,40 +161,52 @@ def label(row: Row) -> str:
   return ' '.join([name, *(f'{key}={value}' for key, value in router.items())])
 
 
-def compare_all(folder: Path, groups: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-  """A line a router; the first one is what the others are compared with."""
-  first = next(iter(groups.values()))
-  lines = []
-  for name, group in groups.items():
-    losses = [row['eval_loss'] for row in group]
-    mean, sd = mean_sd(losses)
-    measured = [last_metrics(folder / row['key']) for row in group]
-    lines.append(
-      {
-        'router': name,
-        'seeds': len(group),
-        'loss': mean,
-        'sd': sd,
-        'verdict': judged(first, group),
-        'tokens_per_second': statistics.median(one['tokens_per_second'] for one in measured),
-        'flops': group[0]['flops'],
-        'N_active': group[0]['N_active'],
-        'load_entropy': statistics.fmean(one['load_entropy'] for one in measured),
-        'dropped': statistics.fmean(one['dropped'] for one in measured),
-      }
+def measured(folder: Path, name: str, group: Sequence[Row]) -> Line:
+  """The line of a router, without its verdict."""
+  losses = [row['eval_loss'] for row in group]
+  mean, sd = mean_sd(losses)
+  of_runs = [last_metrics(folder / row['key']) for row in group]
+  return {
+    'router': name,
+    'seeds': len(group),
+    'loss': mean,
+    'sd': sd,
+    'tokens_per_second': statistics.median(one['tokens_per_second'] for one in of_runs),
+    'flops': group[0]['flops'],
+    'N_active': group[0]['N_active'],
+    'load_entropy': statistics.fmean(one['load_entropy'] for one in of_runs),
+    'dropped': statistics.fmean(one['dropped'] for one in of_runs),
+    'losses': losses,
+    'runs': [row['key'] for row in group],
+  }
+
+
+def judge(lines: Sequence[Line]) -> list[Line]:
+  """The lines with their verdicts, against the first one by seed. One recorded without its losses keeps its own.
+
+  Raises:
+    BadInput: the first one is recorded without its losses, so that nothing can be compared with it.
+  """
+  first = lines[0]
+  if 'losses' not in first and any('losses' in line for line in lines):
+    raise BadInput(
+      f'router {first["router"]}, which the others are compared with, is recorded without the losses of its seeds: '
+      'take its entry out of result.json, so that it is trained again'
     )
-  return lines
+  return [
+    {**line, 'verdict': judged(first, line)} if 'losses' in line else dict(line) for line in lines
+  ]
 
 
-def judged(first: Sequence[Row], own: Sequence[Row]) -> str:
+def judged(first: Line, own: Line) -> str:
   """The verdict on a router; its active parameters in those of the first where they differ by more than a router has.
 
   A router itself is small; experts a token are what must be equal for a claim.
   """
-  times = own[0]['N_active'] / first[0]['N_active']
+  times = own['N_active'] / first['N_active']
   if abs(times - 1) > 0.02:
     return f'{times:.2f} times the active parameters'
-  return verdict([row['eval_loss'] for row in first], [row['eval_loss'] for row in own])
+  return verdict(first['losses'], own['losses'])
 
 
 def verdict(first: Sequence[float], own: Sequence[float]) -> str:
@@ -206,30 +262,49 @@ def page_table(lines: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(text)
 
 
+def draw(file: Path, name: str, lines: Sequence[Line]) -> None:
+  """The figure, the lowest loss first."""
+  ordered = sorted(lines, key=lambda line: line['loss'])
+  figure.bars(
+    file,
+    {line['router']: line.get('losses', ()) for line in ordered},
+    'evaluation loss, nats',
+    f'{name}: mean and s.d. over seeds',
+    [(line['loss'], line['sd']) for line in ordered],
+  )
+
+
 def write_page(
   out: Path,
   file: Path,
   overrides: Sequence[str],
-  lines: Sequence[Mapping[str, Any]],
+  lines: Sequence[Line],
   table: Sequence[Row],
+  before: Mapping[str, Any],
 ) -> None:
   """result.json and README.md beside the figure; the command has the overrides, which every run had."""
   words = ['scripts/python', '-m', 'experiments.compare', '--config', str(file), *overrides]
   command = shlex.join(words)
+  machines = dict.fromkeys([before['machine']] if before else [])
+  machines |= dict.fromkeys([rows.machine()] if table else [])
   values = {
     'command': command,
-    'machine': rows.machine(),
-    'minutes': rows.minutes(table),
+    'machine': ' and '.join(machines),
+    'minutes': before.get('minutes', 0) + rows.minutes(table),
     'routers': list(lines),
   }
   workdir.write_text(out / 'result.json', json.dumps(values, indent=1, allow_nan=False) + '\n')
-  seeds = lines[0]['seeds']
+  seeds, old = lines[0]['seeds'], sum('losses' not in line for line in lines)
+  kept = (
+    f' Of {old} of the {len(lines)} routers the losses of single seeds are not recorded (those without `losses` in '
+    'result.json): they keep the verdict against the first router as it was trained beside them.'
+  )
   page = (
     f'# Comparison {file.stem}\n\n'
     f'Evaluation loss in nats after the same training, mean ± standard deviation over {seeds} seeds. "Better" and '
     '"worse" than the first router of the file need a mean difference by seed beyond two standard deviations of it. '
     'Nothing is claimed where active parameters differ by more than 2 %. Load entropy is that of the rows over the '
-    'experts in the last step, 1 for equal loads.\n\n'
+    f'experts in the last step, 1 for equal loads.{kept if old else ""}\n\n'
     f'{page_table(lines)}\n\n```sh\n{command}\n```\n\n'
     f'{values["minutes"]:.3g} minutes of runs in all on {values["machine"]}; speeds are of runs side by side, with '
     'whatever else the machine did.\n\n'

@@ -1,7 +1,8 @@
 """Routers that fit a causal language model, on bytes, at equal active and total parameters.
 
 Two experts of width 128 out of eight work on a token, or one of width 256 out of four where a router chooses one. More
-work where that is the method: in training all experts of ds_moe do, and of dense_to_sparse at first.
+work where that is the method: all experts of dense and kamoe do, in training those of ds_moe, and of dense_to_sparse
+at first. Every router is here or in LEFT_OUT.
 
 Paper: of each router, see moejax/routers.
 Command: scripts/python -m experiments.compare --config configs/compare/lm_tiny.py
@@ -49,7 +50,22 @@ ARMS = (
     {},
   ),
   ({'name': 'mixture_of_tokens', 'group_size': 8, 'slots': 2}, {}, {}),
+  ({'name': 'sparse_expert_choice', 'capacity_factor': 2.0, 'group': 'position'}, {}, {}),
+  ({'name': 'dense'}, {}, {}),
+  ({'name': 'kamoe'}, {}, {}),
 )
+LEFT_OUT = {
+  'base': 'sees later tokens in training',
+  'family': 'needs the language of a sequence',
+  'image': 'sees later tokens: the mean of a sequence chooses',
+  'm3vit': 'needs tasks',
+  'sinkhorn': 'sees later tokens in training',
+  'soft': 'sees later tokens',
+  'space_moe': 'needs a text and maps of attention to it',
+  'speech_moe': 'needs an embedding of the domain',
+  'time_moe': 'needs the step of a diffusion',
+  'vmoe': 'sees later tokens: they compete for the places of an expert',
+}
 
 
 def get_base():

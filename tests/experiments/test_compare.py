@@ -3,12 +3,16 @@
 import csv
 import json
 import shlex
+import types
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
+from configs.compare import lm_tiny, vision_tiny
 from experiments import compare
 from experiments.errors import BadInput, StorageError
+from moejax import make_router, router_names
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = """grid(
@@ -37,6 +41,58 @@ def test_a_comparison_trains_every_router_and_writes_one_table_and_one_figure(
   assert shlex.quote(override) in page  # without it the command would train other models
   assert (tmp_path / 'out' / 'plot.png').stat().st_size > 5000
   assert '`switch`' in capsys.readouterr().out
+  check_a_router_is_added(file, tmp_path, override)
+
+
+def check_a_router_is_added(file, tmp_path, override):
+  """To a record of two, without their runs: one as it was written, one whose losses by seed were not kept."""
+  record, before = tmp_path / 'out' / 'result.json', compare_lines(tmp_path)
+  two = "{'name': 'switch'})"
+  file.write_text(file.read_text().replace(two, two[:-1] + ", {'name': 'thor'})"))
+  result = json.loads(record.read_text())
+  del result['routers'][1]['losses']
+  result['routers'][1]['verdict'] = 'as it was'
+  record.write_text(json.dumps(result))
+  arguments = [f'--config={file}', f'--add_to={record.parent}', '--workers=1', override]
+  compare.main(['compare.py', *arguments, f'--workdir={tmp_path / "more"}'])
+  first, second, third = compare_lines(tmp_path)
+  assert (first, second) == (before[0], result['routers'][1])
+  assert third['router'] == 'thor'
+  assert third['verdict'] == compare.verdict(first['losses'], third['losses'])
+  trained = {path.name for path in (tmp_path / 'more').iterdir() if path.is_dir()}
+  assert trained == set(third['runs'])
+  page = (record.parent / 'README.md').read_text()
+  assert 'Of 1 of the 3 routers the losses of single seeds are not recorded' in page
+
+
+def test_nothing_is_compared_with_a_router_without_losses_by_seed():
+  lines = [
+    {'router': 'a', 'N_active': 1},
+    {'router': 'b', 'N_active': 1, 'losses': [1.0, 1.1, 1.2]},
+  ]
+  with pytest.raises(BadInput, match='router a, .* take its entry out of result.json'):
+    compare.judge(lines)
+  assert compare.judge(lines[:1]) == lines[:1]
+
+
+def test_a_folder_without_a_recorded_comparison_is_refused_before_training(
+  tmp_path, monkeypatch, make_sweep
+):
+  monkeypatch.chdir(tmp_path)
+  arguments = [f'--config={make_sweep(RUNS)}', '--workdir=runs', '--add_to=record']
+  with pytest.raises(BadInput, match='--add_to=record: accepted is the folder of a recorded'):
+    compare.main(['compare.py', *arguments])
+  assert not (tmp_path / 'runs').exists()
+
+
+def test_a_recorded_router_of_other_runs_is_trained_again():
+  def run(name, key):
+    return types.SimpleNamespace(changes={'model.moe.router': {'name': name}}, key=key)
+
+  before = {'routers': [{'router': name, 'runs': ['1', '2']} for name in ('a', 'b', 'c')]}
+  before['routers'].append({'router': 'd'})
+  runs = [run('a', '2'), run('a', '1'), run('b', '1'), run('b', '3'), run('d', '5')]
+  assert list(compare.still_recorded(runs, before)) == ['a']
 
 
 def test_listed_runs_are_not_trained(tmp_path, monkeypatch, capsys, make_sweep):
@@ -94,9 +150,8 @@ def row(active, seed=0, loss=1.0, **router):
 
 
 def test_nothing_is_claimed_of_a_router_with_other_active_parameters():
-  first = [row(1000, seed, loss) for seed, loss in enumerate((2.0, 2.1, 2.2))]
-  losses = (1.0, 1.1, 1.2)
-  own = lambda active: [row(active, seed, loss) for seed, loss in enumerate(losses)]
+  first = {'N_active': 1000, 'losses': [2.0, 2.1, 2.2]}
+  own = lambda active: {'N_active': active, 'losses': [1.0, 1.1, 1.2]}
   assert compare.judged(first, own(1010)) == 'better'
   assert compare.judged(first, own(1100)) == '1.10 times the active parameters'
   assert compare.judged(first, own(900)) == '0.90 times the active parameters'
@@ -109,6 +164,19 @@ def test_routers_of_unlike_seeds_or_without_a_loss_are_refused():
   del without['eval_loss']
   with pytest.raises(BadInput, match='x diverged'):
     compare.by_router([without])
+
+
+@pytest.mark.parametrize('config', [lm_tiny, vision_tiny], ids=['lm_tiny', 'vision_tiny'])
+def test_every_router_is_compared_or_named_as_left_out(config):
+  compared = {arm[0]['name'] for arm in config.ARMS}
+  assert compared | set(config.LEFT_OUT) == set(router_names())
+  assert not compared & set(config.LEFT_OUT)
+
+
+def test_a_router_left_out_of_language_models_is_not_for_them():
+  for name in lm_tiny.LEFT_OUT:
+    flags = make_router(name, d_model=8, num_experts=4, rngs=nnx.Rngs(0)).flags
+    assert flags.needs or not flags.prefix_safe, name
 
 
 def test_a_label_names_the_router_and_its_options():
