@@ -45,6 +45,7 @@ ARMS = (
   ({'name': 'ada_moe', 'k': 2}, BALANCE),
   ({'name': 'top_p', 'p': 0.4}, {'balance': 0.01, 'entropy': 1e-4}),
   ({'name': 'noisy_top_k', 'k': 1, 'weighting': 'softmax_topk'}, {'importance': 0.1, 'load': 0.1}),
+  ({'name': 'modified_softmax', 'k': 1, 'weighting': 'softmax_topk'}, BALANCE),
 )
 LEFT_OUT = {
   'dense': 'all 16 experts work on a token',
@@ -59,7 +60,6 @@ LEFT_OUT = {
   'kamoe': 'all 16 experts work on a token',
   'm3vit': 'needs tasks',
   'mask_moe': 'needs token ids',
-  'modified_softmax': 'top_k with sigmoids of the token; compared in lm_tiny',
   'pre_gated': 'chooses by the mixture below, and there are two mixtures; compared in lm_tiny',
   'read_me': 'a router for all layers, and there are two mixtures; compared in lm_tiny',
   'rmoe': 'chooses by the mixture below, and there are two mixtures; compared in lm_tiny',
