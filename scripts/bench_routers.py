@@ -67,7 +67,7 @@ ROUTERS = {
   'smile': ONE,
   'locmoe': ONE,
   'moec': ONE,
-  'rmoe': EIGHT,
+  'rmoe': {'k': 8, 'width': WIDTH // 4},  # 256 of 4096 in the released code
   'gating_residual': EIGHT,
   'pre_gated': EIGHT,
   'm3vit': {'k': 8, 'tasks': 2},
