@@ -10,30 +10,9 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-# Dense bfloat16 FLOP/s of one JAX device, by the start of its device_kind; the first that fits counts.
-# Google's and NVIDIA's data sheets; a TPU7x chip of 2307 TFLOP/s shows as two devices.
-_PEAK_FLOPS = (
-  ('TPU v4 lite', 137e12),
-  ('TPU v4', 275e12),
-  ('TPU v5 lite', 197e12),
-  ('TPU v5e', 197e12),
-  ('TPU v5', 459e12),
-  ('TPU v6', 918e12),
-  ('TPU7x', 1153.5e12),
-  ('NVIDIA A100', 312e12),
-  ('NVIDIA H100 PCIe', 756e12),
-  ('NVIDIA H100 NVL', 835e12),
-  ('NVIDIA H100', 989e12),
-  ('NVIDIA H200', 989e12),
-  ('NVIDIA B200', 2250e12),
-)
+from experiments.planning.chips import peak_flops
 
 _LINE_SECONDS = 5.0  # plain lines come no faster than this
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """bfloat16 FLOP/s of one device of `jax.Device.device_kind`; None where it is not known."""
-  return next((peak for kind, peak in _PEAK_FLOPS if device_kind.startswith(kind)), None)
 
 
 class Progress:

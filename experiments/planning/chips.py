@@ -125,6 +125,30 @@ CHIPS: dict[str, Chip] = {
 }
 """Name in a topology -> facts."""
 
+# FLOP/s of one JAX device by the start of its device_kind; the first that fits counts. Of what no topology is made,
+# the figures of Google's and NVIDIA's data sheets.
+_PEAKS = (
+  ('TPU v4 lite', 137e12),
+  ('TPU v4', CHIPS['v4'].peak),
+  ('TPU v5 lite', CHIPS['v5e'].peak),
+  ('TPU v5e', CHIPS['v5e'].peak),
+  ('TPU v5', CHIPS['v5p'].peak),
+  ('TPU v6', CHIPS['v6e'].peak),
+  ('TPU7x', CHIPS['7x'].peak),
+  ('NVIDIA A100', CHIPS['a100'].peak),
+  ('NVIDIA H100 PCIe', 756e12),
+  ('NVIDIA H100 NVL', 835e12),
+  ('NVIDIA H100', CHIPS['h100'].peak),
+  ('NVIDIA H200', CHIPS['h200'].peak),
+  ('NVIDIA B200', CHIPS['b200'].peak),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """bfloat16 FLOP/s of one device of `jax.Device.device_kind`; None where it is not known."""
+  return next((peak for kind, peak in _PEAKS if device_kind.startswith(kind)), None)
+
+
 # Slices that can be had, from the same pages of Google's documentation: of v5e and v6e their tables of 2D shapes; of
 # the others a part of a cube or whole cubes ('TPU types and topologies': AxBxC, A <= B <= C, multiples of 4), with at
 # most so many chips as are scheduled together ('TPU v5p': 96 cubes).

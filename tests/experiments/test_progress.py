@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from experiments.progress import Progress, compiling, peak_flops
+from experiments.progress import Progress, compiling
 
 
 class _Clock:
@@ -73,7 +73,7 @@ def test_a_resumed_run_counts_only_its_own_updates():
 
 def test_mfu_is_told_where_the_peak_is_known_and_only_there():
   clock, stream = _Clock(), io.StringIO()
-  options = {'flops_per_step': 989e12, 'num_devices': 4}
+  options = {'flops_per_step': 989.5e12, 'num_devices': 4}
   known = _progress(clock, stream, device_kind='NVIDIA H200', **options)
   unknown = _progress(clock, stream, device_kind='cpu', **options)
   clock.now += 0.5
@@ -82,33 +82,6 @@ def test_mfu_is_told_where_the_peak_is_known_and_only_there():
   first, second = stream.getvalue().splitlines()
   assert 'MFU 50.0%' in first
   assert 'MFU' not in second
-
-
-@pytest.mark.parametrize(
-  'kind, teraflops',
-  [
-    ('TPU v4', 275),
-    ('TPU v5 lite', 197),
-    ('TPU v5e', 197),
-    ('TPU v5', 459),
-    ('TPU v5p', 459),
-    ('TPU v6 lite', 918),
-    ('TPU v6e', 918),
-    ('TPU7x', 1153.5),
-    ('NVIDIA A100-SXM4-80GB', 312),
-    ('NVIDIA H100 80GB HBM3', 989),
-    ('NVIDIA H100 PCIe', 756),
-    ('NVIDIA H200', 989),
-    ('NVIDIA B200', 2250),
-  ],
-)
-def test_peaks_by_device_kind(kind, teraflops):
-  assert peak_flops(kind) == teraflops * 1e12
-
-
-@pytest.mark.parametrize('kind', ['cpu', '', 'NVIDIA L4', 'TPU v9'])
-def test_an_unknown_device_has_no_peak(kind):
-  assert peak_flops(kind) is None
 
 
 def test_a_terminal_gets_a_bar_and_notes_beside_it():

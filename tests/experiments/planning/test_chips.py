@@ -3,7 +3,7 @@ import math
 import pytest
 
 from experiments.errors import BadInput
-from experiments.planning.chips import CHIPS, Level, levels, parse_topology
+from experiments.planning.chips import CHIPS, Level, levels, parse_topology, peak_flops
 
 
 def test_a_topology_is_its_chip_and_its_sizes():
@@ -118,3 +118,30 @@ def test_a_chip_has_a_source_and_a_faster_memory_than_network():
   for chip in CHIPS.values():
     assert chip.source
     assert chip.network < chip.link < chip.memory_rate < chip.peak
+
+
+@pytest.mark.parametrize(
+  'kind, teraflops',
+  [
+    ('TPU v4', 275),
+    ('TPU v5 lite', 197),
+    ('TPU v5e', 197),
+    ('TPU v5', 459),
+    ('TPU v5p', 459),
+    ('TPU v6 lite', 918),
+    ('TPU v6e', 918),
+    ('TPU7x', 1153.5),
+    ('NVIDIA A100-SXM4-80GB', 312),
+    ('NVIDIA H100 80GB HBM3', 989.5),
+    ('NVIDIA H100 PCIe', 756),
+    ('NVIDIA H200', 989.5),
+    ('NVIDIA B200', 2250),
+  ],
+)
+def test_peaks_by_device_kind(kind, teraflops):
+  assert peak_flops(kind) == teraflops * 1e12
+
+
+@pytest.mark.parametrize('kind', ['cpu', '', 'NVIDIA L4', 'TPU v9'])
+def test_an_unknown_device_has_no_peak(kind):
+  assert peak_flops(kind) is None
