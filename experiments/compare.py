@@ -29,6 +29,7 @@ from absl import flags
 from experiments import cli, sweep, workdir
 from experiments.errors import BadInput
 from experiments.log import read_lines
+from experiments.report import experts_of_layers
 from experiments.studies import figure, rows
 from experiments.studies.rows import Row, mean_sd
 from experiments.sweeps import plan, record
@@ -223,19 +224,27 @@ def verdict(first: Sequence[float], own: Sequence[float]) -> str:
 def last_metrics(folder: Path) -> dict[str, float]:
   """Of a run's last line: tokens per second of the whole run, load entropy and drops, means over layers.
 
-  load_entropy is that of the distribution of rows over experts, as a fraction of that of equal loads.
+  load_entropy is that of the distribution of rows over experts, as a fraction of that of equal loads over all
+  experts of the layer.
   """
   lines = read_lines(folder / 'metrics.jsonl')
   last = lines[-1]
   speeds = [line['time']['tokens_per_second'] for line in lines[1:] or lines]
-  loads = last.get('load', [])
-  entropy = statistics.fmean(map(_entropy, loads)) if loads else 1.0
   dropped = statistics.fmean(last['dropped']) if last.get('dropped') else 0.0
   return {
     'tokens_per_second': statistics.median(speeds),
-    'load_entropy': entropy,
+    'load_entropy': _load_entropy(last.get('load', []), folder),
     'dropped': dropped,
   }
+
+
+def _load_entropy(loads: Sequence[Sequence[float]], folder: Path) -> float:
+  """Mean over the layers of a run; 1 of a dense model."""
+  if not loads:
+    return 1.0
+  config = workdir.read_json(workdir.config_path(folder))
+  counts = experts_of_layers(config, len(loads), len(loads[0]))
+  return statistics.fmean(_entropy(load[:count]) for load, count in zip(loads, counts, strict=True))
 
 
 def _entropy(load: Sequence[float]) -> float:

@@ -92,17 +92,25 @@ class _Run:
     return list(named) if counts and len(named) == counts[0] else list(range(max([0, *counts])))
 
   def experts(self) -> list[int]:
-    """How many experts each MoE layer's router knows: of a pyramid, loads `[L, E]` end in zeros that are nobody's."""
+    """How many experts each MoE layer's router knows."""
     _, loads = self.get('load')
     if loads.ndim != 3:
       return []
-    moe = self.config.get('model', {}).get('moe', {})
-    extra = sum(moe.get('zero_experts', {}).values())
-    counts = [
-      int(count) * moe['granularity'] + extra
-      for count in filter(None, moe.get('pyramid', '').split(','))
-    ]
-    return counts if len(counts) == loads.shape[1] else [loads.shape[2]] * loads.shape[1]
+    return experts_of_layers(self.config, *loads.shape[1:])
+
+
+def experts_of_layers(config: Mapping[str, Any], layers: int, widest: int) -> list[int]:
+  """How many experts the router of each MoE layer knows, whose loads are logged as `[layers, widest]`.
+
+  Of a pyramid, the loads of narrower layers end in zeros that are nobody's.
+  """
+  moe = config.get('model', {}).get('moe', {})
+  extra = sum(moe.get('zero_experts', {}).values())
+  counts = [
+    int(count) * moe['granularity'] + extra
+    for count in filter(None, moe.get('pyramid', '').split(','))
+  ]
+  return counts if len(counts) == layers else [widest] * layers
 
 
 def _summary(config: Mapping[str, Any]) -> str:

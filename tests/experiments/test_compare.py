@@ -65,6 +65,18 @@ def check_a_router_is_added(file, tmp_path, override):
   assert 'Of 1 of the 3 routers the losses of single seeds are not recorded' in page
 
 
+def test_equal_loads_of_a_pyramid_have_the_whole_entropy(tmp_path):
+  """Narrower layers are logged at the width of the widest, with zeros that are nobody's."""
+  line = {'step': 1, 'time': {'tokens_per_second': 1.0}, 'load': [[1, 1, 0, 0], [1, 1, 1, 1]]}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+  config = tmp_path / 'config.json'
+  moe = {'pyramid': '1,2', 'granularity': 2}
+  config.write_text(json.dumps({'model': {'moe': moe}}))
+  assert compare.last_metrics(tmp_path)['load_entropy'] == pytest.approx(1.0)
+  config.write_text(json.dumps({'model': {'moe': {**moe, 'pyramid': ''}}}))
+  assert compare.last_metrics(tmp_path)['load_entropy'] == pytest.approx(0.75)
+
+
 def test_nothing_is_compared_with_a_router_without_losses_by_seed():
   lines = [
     {'router': 'a', 'N_active': 1},
