@@ -9,7 +9,7 @@ buffers each. One core does it all: where a chip's two cores are one device (v4,
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,93 +155,151 @@ def _call(is_there, lhs, rhs, route, far, outs, products, *, axis_name, transpos
   )(*scalars, *lhs, *rhs)
 
 
-def _kernel(*refs, kind: _Kind):
+class _Refs(NamedTuple):
+  """What the kernel is called with: scalars, operands, results, and scratch memory.
+
+  Attributes:
+    walk, blocks, tables: of the steps, the blocks of matrices and the copies.
+    lhs, rhs: operands and matrices.
+    far: the rows of other devices: those that came, or those that go back.
+    outs: results of the products.
+    rows, made: two buffers for each of the operands, of the results.
+    loaded, stored: semaphores of these.
+    sent, arrived: of `tpu_copies.semaphores`.
+    buffers, fetched: of `tpu_weights.scratch`.
+  """
+
+  walk: Steps
+  blocks: tpu_weights.Blocks
+  tables: tpu_copies.Tables
+  lhs: list
+  rhs: list
+  far: Any
+  outs: list
+  rows: list
+  made: list
+  loaded: Any
+  stored: Any
+  sent: Any
+  arrived: Any
+  buffers: list
+  fetched: Any
+
+
+def _named(refs, products: Sequence[Product]) -> _Refs:
+  """The kernel's arguments by name, as `_call` lists them."""
   rest = iter(refs)
   some = lambda count: [next(rest) for _ in range(count)]
-  lefts, rights = (1 + max(p[i] for p in kind.products) for i in (0, 1))
-  results = 1 + max(p.into for p in kind.products)
-  walk = Steps(*some(len(Steps._fields)))
-  blocks = tpu_weights.Blocks(*some(len(tpu_weights.Blocks._fields)))
-  tables = tpu_copies.Tables(*some(len(tpu_copies.Tables._fields)))
-  lhs, rhs, (far,), outs = some(lefts), some(rights), some(1), some(results)
-  rows, made, (loaded, stored, sent, arrived) = some(lefts), some(results), some(4)
-  buffers, fetched = some(rights), next(rest)
-  columns = outs[0].shape[1] // kind.tiles.columns
-  block = buffers[0].shape[1:]
-  weights = tpu_weights.Weights(
-    rhs, buffers, fetched, walk.group, blocks, block, 1, kind.transpose_rhs, columns
-  )
-  ends = (lhs[0], far) if kind.there else (outs[0], far)
-  copies = tpu_copies.Copies(tables, *ends, sent, arrived, kind.axis_name, kind.axes)
-  sources = [far] if kind.there else lhs
-  used = walk.used[0]
+  record = lambda of: of(*some(len(of._fields)))
+  lefts, rights, results = (1 + max(p[i] for p in products) for i in range(3))
+  scalars = record(Steps), record(tpu_weights.Blocks), record(tpu_copies.Tables)
+  arrays = some(lefts), some(rights), next(rest), some(results)
+  scratch = some(lefts), some(results), *some(4), some(rights), next(rest)
+  return _Refs(*scalars, *arrays, *scratch)
 
-  def load(v):
-    """Copies of the step's rows."""
-    slot, at = jax.lax.rem(v, jnp.int32(2)), span(walk.first[v], walk.rows[v])
-    for source, buffer in zip(sources, rows, strict=True):
-      to = buffer.at[slot, span(0, walk.rows[v])]
-      yield pltpu.make_async_copy(source.at[at], to, loaded.at[slot])
 
-  def store(v):
-    """Copies of the step's results."""
-    slot, at = jax.lax.rem(v, jnp.int32(2)), span(walk.first[v], walk.rows[v])
-    for out, buffer in zip(outs, made, strict=True):
-      to = out.at[at, tpu_weights.cut(walk.column[v], kind.tiles.columns, out.shape[1])]
-      yield pltpu.make_async_copy(buffer.at[slot, span(0, walk.rows[v])], to, stored.at[slot])
+class _Walk:
+  """The phases of a step, of index `v`; the rows of the next one come, and results of the last go, beside it."""
 
-  def is_last(v):
-    """Whether the next step is another expert's, or none."""
-    return (v + 1 == used) | (walk.group[jnp.minimum(v + 1, used - 1)] != walk.group[v])
+  def __init__(self, refs: _Refs, kind: _Kind):
+    self.refs, self.kind, self.group = refs, kind, refs.walk.group
+    block, columns = refs.buffers[0].shape[1:], refs.outs[0].shape[1] // kind.tiles.columns
+    self.weights = tpu_weights.Weights(
+      refs.rhs,
+      refs.buffers,
+      refs.fetched,
+      self.group,
+      refs.blocks,
+      block,
+      1,
+      kind.transpose_rhs,
+      columns,
+    )
+    ends = (refs.lhs[0], refs.far) if kind.there else (refs.outs[0], refs.far)
+    self.copies = tpu_copies.Copies(
+      refs.tables, *ends, refs.sent, refs.arrived, kind.axis_name, kind.axes
+    )
+    self.used = refs.walk.used[0]
 
-  def begin(v):
-    if kind.there:
-      new = (v == 0) | (walk.group[jnp.maximum(v - 1, 0)] != walk.group[v])
-      pl.when(new)(lambda: copies.wait_for(walk.group[v]))
-    for copy in load(v):
+  def begin(self, v):
+    """Asks for the step's rows; on the way there an expert's first step waits until they have come."""
+    group = self.group
+    if self.kind.there:
+      new = (v == 0) | (group[jnp.maximum(v - 1, 0)] != group[v])
+      pl.when(new)(lambda: self.copies.wait_for(group[v]))
+    for copy in self._load(v):
       copy.start()
 
-  def finish(v):
-    for copy in store(v):
+  def step(self, v, _):
+    """Products of step `v`; begins the next step and finishes the last one."""
+    # Rows that have not come yet are waited for after the products, others come beside them.
+    late = self._is_last(v) if self.kind.there else False
+    following = v + 1 < self.used
+    pl.when(following & ~late if self.kind.there else following)(lambda: self.begin(v + 1))
+    matrix = self.weights.take_up(0, v, jnp.int32(0), v < self.used)
+    for copy in self._load(v):
       copy.wait()
-    if not kind.there:
-      pl.when(is_last(v))(lambda: copies.send(walk.group[v]))
+    self._multiply(v, matrix)
+    for copy in self._store(v):
+      copy.start()
+    if self.kind.there:
+      pl.when(following & late)(lambda: self.begin(v + 1))
+    pl.when(v > 0)(lambda: self.finish(v - 1))
 
-  def multiply(v, matrix):
-    slot = jax.lax.rem(v, jnp.int32(2))
+  def finish(self, v):
+    """Waits for the step's results; on the way back an expert's last step sends them."""
+    for copy in self._store(v):
+      copy.wait()
+    if not self.kind.there:
+      pl.when(self._is_last(v))(lambda: self.copies.send(self.group[v]))
+
+  def _is_last(self, v):
+    """Whether the next step is another expert's, or none."""
+    group, used = self.group, self.used
+    return (v + 1 == used) | (group[jnp.minimum(v + 1, used - 1)] != group[v])
+
+  def _load(self, v):
+    """Copies of the step's rows."""
+    refs, walk = self.refs, self.refs.walk
+    slot, at = jax.lax.rem(v, jnp.int32(2)), span(walk.first[v], walk.rows[v])
+    sources = [refs.far] if self.kind.there else refs.lhs
+    for source, buffer in zip(sources, refs.rows, strict=True):
+      to = buffer.at[slot, span(0, walk.rows[v])]
+      yield pltpu.make_async_copy(source.at[at], to, refs.loaded.at[slot])
+
+  def _store(self, v):
+    """Copies of the step's results."""
+    refs, walk = self.refs, self.refs.walk
+    slot, at = jax.lax.rem(v, jnp.int32(2)), span(walk.first[v], walk.rows[v])
+    for out, buffer in zip(refs.outs, refs.made, strict=True):
+      to = out.at[at, tpu_weights.cut(walk.column[v], self.kind.tiles.columns, out.shape[1])]
+      result = buffer.at[slot, span(0, walk.rows[v])]
+      yield pltpu.make_async_copy(result, to, refs.stored.at[slot])
+
+  def _multiply(self, v, matrix):
+    """The step's results, of the blocks that buffer `matrix` holds."""
+    refs, slot = self.refs, jax.lax.rem(v, jnp.int32(2))
 
     def compute(part: Part):
       at, found = pl.ds(part.first, part.height), dict[int, Array]()
-      for p in kind.products:
-        contract = (1, 1 if kind.transpose_rhs else 0)
-        product = dot(rows[p.left][slot, at], buffers[p.right][matrix], contract)
+      for p in self.kind.products:
+        contract = (1, 1 if self.kind.transpose_rhs else 0)
+        product = dot(refs.rows[p.left][slot, at], refs.buffers[p.right][matrix], contract)
         found[p.into] = product + found[p.into] if p.into in found else product
       for into, value in found.items():
-        made[into][slot, at] = value.astype(made[into].dtype)
+        refs.made[into][slot, at] = value.astype(refs.made[into].dtype)
 
-    each_part(kind.tiles.rows, jnp.int32(0), walk.rows[v], compute)
+    each_part(self.kind.tiles.rows, jnp.int32(0), refs.walk.rows[v], compute)
 
-  def step(v, _):
-    # Rows that have not come yet are waited for after the products, others come beside them.
-    late = is_last(v) if kind.there else False
-    following = v + 1 < used
-    pl.when(following & ~late if kind.there else following)(lambda: begin(v + 1))
-    matrix = weights.take_up(0, v, jnp.int32(0), v < used)
-    for copy in load(v):
-      copy.wait()
-    multiply(v, matrix)
-    for copy in store(v):
-      copy.start()
-    if kind.there:
-      pl.when(following & late)(lambda: begin(v + 1))
-    pl.when(v > 0)(lambda: finish(v - 1))
 
-  copies.meet()
+def _kernel(*refs, kind: _Kind):
+  walk = _Walk(_named(refs, kind.products), kind)
+  walk.copies.meet()
   if kind.there:
-    copies.send_all()
-  pl.when(used > 0)(lambda: begin(jnp.int32(0)))
-  jax.lax.fori_loop(jnp.int32(0), used, step, None)
-  pl.when(used > 0)(lambda: finish(used - 1))
-  copies.wait_sent()
+    walk.copies.send_all()
+  pl.when(walk.used > 0)(lambda: walk.begin(jnp.int32(0)))
+  jax.lax.fori_loop(jnp.int32(0), walk.used, walk.step, None)
+  pl.when(walk.used > 0)(lambda: walk.finish(walk.used - 1))
+  walk.copies.wait_sent()
   if not kind.there:
-    copies.wait_for_all()
+    walk.copies.wait_for_all()
