@@ -58,96 +58,92 @@ def arms() -> dict[str, Callable[[Row], bool]]:
   }
 
 
+_CLAIMS = (
+  (
+    'soft is more accurate than a dense ViT of equal cost',
+    'table 2',
+    '54.3 against 48.3',
+    'soft',
+    'dense',
+  ),
+  (
+    'soft is more accurate than experts choice',
+    'figure 6',
+    '72.3 against 68.4',
+    'soft',
+    'experts choice',
+  ),
+  (
+    'soft is more accurate than tokens choice',
+    'figure 6',
+    '72.3 against 66.8',
+    'soft',
+    'tokens choice',
+  ),
+  (
+    'batch-prioritised routing helps tokens choice with one choice',
+    'table 7',
+    '51.2 against 50.1',
+    'tokens choice, BPR',
+    'tokens choice',
+  ),
+  ('learning to combine, too, helps', 'table 2', '54.3 against 53.6', 'soft', 'learned dispatch'),
+  ('learning to dispatch, too, helps', 'table 2', '54.3 against 52.6', 'soft', 'learned combine'),
+  ('learned mixing beats uniform mixing', 'table 2', '54.3 against 51.8', 'soft', 'uniform'),
+  ('learned mixing beats one token a slot', 'table 2', '54.3 against 51.5', 'soft', 'identity'),
+  (
+    '16 slots are better in 16 experts than in one',
+    'figure 6',
+    'rises with the experts',
+    'soft',
+    '1 x 16',
+  ),
+  (
+    '64 slots are better in 16 experts than in one',
+    'figure 6',
+    'rises with the experts',
+    '16 x 4',
+    '1 x 64',
+  ),
+  (
+    'mixtures belong in the last half, not in the first',
+    'tables 4 to 6 (consecutive last layers)',
+    '72.8 for layers 8-11 against 71.1 for 2, 5, 8, 11',
+    'soft',
+    'layers 0,1',
+  ),
+  (
+    '64 slots are better in 64 experts than in four',
+    'figure 6',
+    'rises with the experts',
+    '64 x 1',
+    '4 x 16',
+  ),
+  (
+    'two last layers are better than the last alone',
+    'table 4',
+    '71.7 for layers 10-11 against 70.0 for 11',
+    'soft',
+    'layers 3',
+  ),
+  (
+    'two last layers are better than every second',
+    'table 4',
+    '71.7 for layers 10-11 against 70.4 for 5, 11',
+    'soft',
+    'layers 1,3',
+  ),
+)
+"""(claim, its place in the paper, what is published, the arm that should be the better one, the other arm)."""
+
+
 def claims(accuracy: dict[str, list[float]]) -> list[Claim]:
   """Accuracies in percent by arm -> claims."""
-
-  def better(claim: str, place: str, published: str, good: str, bad: str) -> Claim:
-    return compare(
+  return [
+    compare(
       claim, f'{PAPER}, {place}', published, accuracy[good], accuracy[bad], higher_is_better=True
     )
-
-  ablation = 'table 2'
-  return [
-    better(
-      'soft is more accurate than a dense ViT of equal cost',
-      ablation,
-      '54.3 against 48.3',
-      'soft',
-      'dense',
-    ),
-    better(
-      'soft is more accurate than experts choice',
-      'figure 6',
-      '72.3 against 68.4',
-      'soft',
-      'experts choice',
-    ),
-    better(
-      'soft is more accurate than tokens choice',
-      'figure 6',
-      '72.3 against 66.8',
-      'soft',
-      'tokens choice',
-    ),
-    better(
-      'batch-prioritised routing helps tokens choice with one choice',
-      'table 7',
-      '51.2 against 50.1',
-      'tokens choice, BPR',
-      'tokens choice',
-    ),
-    better(
-      'learning to combine, too, helps', ablation, '54.3 against 53.6', 'soft', 'learned dispatch'
-    ),
-    better(
-      'learning to dispatch, too, helps', ablation, '54.3 against 52.6', 'soft', 'learned combine'
-    ),
-    better('learned mixing beats uniform mixing', ablation, '54.3 against 51.8', 'soft', 'uniform'),
-    better(
-      'learned mixing beats one token a slot', ablation, '54.3 against 51.5', 'soft', 'identity'
-    ),
-    better(
-      '16 slots are better in 16 experts than in one',
-      'figure 6',
-      'rises with the experts',
-      'soft',
-      '1 x 16',
-    ),
-    better(
-      '64 slots are better in 16 experts than in one',
-      'figure 6',
-      'rises with the experts',
-      '16 x 4',
-      '1 x 64',
-    ),
-    better(
-      'mixtures belong in the last half, not in the first',
-      'tables 4 to 6 (consecutive last layers)',
-      '72.8 for layers 8-11 against 71.1 for 2, 5, 8, 11',
-      'soft',
-      'layers 0,1',
-    ),
-    better(
-      '64 slots are better in 64 experts than in four',
-      'figure 6',
-      'rises with the experts',
-      '64 x 1',
-      '4 x 16',
-    ),
-    better(
-      'two last layers are better than the last alone',
-      'table 4',
-      '71.7 for layers 10-11 against 70.0 for 11',
-      'soft',
-      'layers 3',
-    ),
-    better(
-      'two last layers are better than every second',
-      'table 4',
-      '71.7 for layers 10-11 against 70.4 for 5, 11',
-      'soft',
-      'layers 1,3',
-    ),
+    for claim, place, published, good, bad in _CLAIMS
   ]
 
 
