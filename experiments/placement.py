@@ -33,8 +33,8 @@ from moejax.placement import (
   replicate,
   transitions,
 )
+from moejax.placement.routing_trace import routing_trace
 from moejax.transformer.decoder import Decoder
-from moejax.transformer.trace import routing_trace
 
 TRAIN = (
   'scripts/python -m experiments.train --config configs/tiny.py --config.model.moe.layers=all --config.steps=200 '

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.arrays import Assignment
+from moejax.placement.routing_trace import routing_trace
 from moejax.transformer import Decoder
-from moejax.transformer.trace import routing_trace
 
 
 def multiplicity(model: Decoder, batch: Mapping[str, np.ndarray], most: int) -> np.ndarray:

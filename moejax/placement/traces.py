@@ -13,7 +13,7 @@ Choices = np.ndarray
 
 
 def choices_of(trace: Sequence[Assignment | SoftPlan]) -> Choices:
-  """The choices `[T, L, K]` of a trace (moejax/transformer/trace.py) of token-choice routers.
+  """The choices `[T, L, K]` of a trace (moejax/placement/routing_trace.py) of token-choice routers.
 
   Raises:
     ValueError: no layer, a layer that is not of token choice, or layers of unlike sizes.

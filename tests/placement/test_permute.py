@@ -5,8 +5,8 @@ from flax import nnx
 
 from moejax.moe.layer import MoE
 from moejax.placement import choices_of, loads, order_of, permute_experts, transitions
+from moejax.placement.routing_trace import routing_trace
 from moejax.transformer import Decoder
-from moejax.transformer.trace import routing_trace
 
 E, K, L = 6, 2, 4
 

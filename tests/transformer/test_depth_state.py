@@ -11,11 +11,11 @@ from flax import nnx
 
 from moejax import Context, MoE, make_router
 from moejax.moe.momentum import MOMENTA, Robust, make_momentum
+from moejax.placement.routing_trace import routing_trace
 from moejax.routers import make_shared
 from moejax.routers.rmoe import gru
 from moejax.transformer import FFN, Attention, Block, Decoder, Depth, Stack
 from moejax.transformer.stack import context_of
-from moejax.transformer.trace import routing_trace
 
 D, E = 8, 3
 CASES = {  # router, momentum, layers ('d' without a mixture), remat

@@ -6,8 +6,8 @@ import numpy as np
 from flax import nnx
 
 from moejax import MoE
+from moejax.placement.routing_trace import routing_trace
 from moejax.transformer import Decoder
-from moejax.transformer.trace import routing_trace
 
 
 def test_the_trace_counts_what_the_model_counts():
