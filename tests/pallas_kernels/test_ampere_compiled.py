@@ -6,6 +6,7 @@ ordering of memory and no speed.
 
 import collections
 
+import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
@@ -31,14 +32,16 @@ def kernels(tmp_path_factory):
 def test_value_and_gradients_are_compiled_for_sm_80(kernels):
   """Of a product the value and the gradient of the rows are one kernel, that of the matrices another.
 
-  Those of gate and up, of one shape, are compiled once.
+  Those of gate and up, of one shape, are compiled once from jax 0.12 on.
   """
   names = {program: [] for program in TYPES}
   for row in kernels:
     names[row['program']].append(row['kernel'].rstrip('0123456789'))
   found = {program: sorted(collections.Counter(kind).items()) for program, kind in names.items()}
   count = lambda shapes: [('grouped_matmul_', 2 * shapes), ('grouped_matmul_drhs_', shapes)]
-  assert found == {'wide': count(1), 'narrow': count(1), 'layer': count(2), 'plain layer': count(2)}
+  layer = 2 if jax.__version_info__ >= (0, 12) else 3
+  plain = {'wide': count(1), 'narrow': count(1), 'plain layer': count(2)}
+  assert found == {'layer': count(layer), **plain}
   assert {row['target'] for row in kernels} == {'sm_80'}
 
 
