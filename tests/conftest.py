@@ -1,5 +1,6 @@
 """Settings of every test: eight CPU devices, strict numerics, shapes checked at public borders."""
 
+import functools
 import gc
 import importlib.metadata
 import os
@@ -8,6 +9,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
@@ -39,6 +41,7 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 from jax.extend.mlir import ir  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -54,7 +57,24 @@ def _alone(context: ir.Context, pool):
   context.enable_multithreading(False)
 
 
+_make_context = mlir.make_ir_context
+_context = functools.cache(lambda thread: _make_context())
+
+
+def _used_again() -> ir.Context:
+  """What a thread lowers programs in, one for those of a file: to make it takes longer than to lower a small program.
+
+  A program that is lowered while another one is has its own.
+  """
+  try:
+    _ = ir.Context.current
+  except ValueError:
+    return _context(threading.get_ident())
+  return _make_context()
+
+
 ir.Context.set_thread_pool = _alone
+mlir.make_ir_context = _used_again
 
 
 def _checked_modules() -> list[str]:
@@ -84,6 +104,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+  if config.getoption('--full-matrix') and config.option.markexpr == 'not thorough':  # setup.cfg
+    config.option.markexpr = ''
   _share_programs(config)
   _add_router(config)
 
@@ -169,6 +191,7 @@ def programs_do_not_pile_up():
   """Programs of one file are let go before the next one's: they hold memory, and each some tens of memory maps."""
   yield
   jax.clear_caches()
+  _context.cache_clear()
   gc.collect()
 
 
