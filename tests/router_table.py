@@ -108,8 +108,12 @@ ROWS = {
 ROWS |= {name: {'name': name} for name in ROUTERS if ':' in name}  # pytest --router module:function
 
 
-ONE_OF_EACH = tuple({options['name']: row for row, options in ROWS.items()}.values())
-"""A row for each router, the last one."""
+ONE_OF_EACH = tuple(row for row, options in ROWS.items() if row == options['name'])
+"""The row of each router that is called as it."""
+
+USUAL = (*ONE_OF_EACH, 'bias', 'token_major', 'choice_major', 'batch_prioritised')
+USUAL = (*USUAL, 'expert_choice_batch', 'expert_choice_position')
+"""Rows of the default suite: the others are the same routers with further options."""
 
 SCORERS = ('rmoe', 'gating_residual', 'pre_gated', 'read_me', 'm3vit', 'm3vit_embedding', 'family')
 SCORERS = (*SCORERS, 'speech_moe', 'time_moe', 'image', 'spatial', 'kamoe')
@@ -180,11 +184,24 @@ def known_of(token_ids) -> dict:
 
 def through(layer, x, context, apply):
   """The sum of `apply(x, plan)` over the layer's decisions: one, or with a state those of two layers in a row."""
-  scores, plan = layer.router.route(x, context)
+  graph, state = nnx.split(layer.router)
+  scores, plan = route(graph, state, x, context)
   if not layer.router.flags.has_state:
     return apply(x, plan)
   above = dataclasses.replace(context, state=scores.state)
-  return apply(x, plan) + apply(x, layer.router.route(x, above)[1])
+  return apply(x, plan) + apply(x, route(graph, state, x, above)[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def route(graph, state, x, context):
+  """What a router makes of these tokens, as a program of its own."""
+  return nnx.merge(graph, state).route(x, context)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def by_definition(graph, state, x, plan):
+  """Outputs of these experts: what the oracle sees of a router is its plan, so one program serves many of them."""
+  return oracle.moe(x, plan, nnx.merge(graph, state))
 
 
 def by_layer(layer, x, context):
@@ -198,7 +215,7 @@ def by_layer(layer, x, context):
 
 def by_oracle(layer, x, context):
   """The outputs by definition; losses and stats have golden values instead (tests/moe/test_golden.py)."""
-  apply = lambda x, plan: oracle.moe(x, plan, layer.experts)
+  apply = functools.partial(by_definition, *nnx.split(layer.experts))
   return through(layer, x, context, apply), {}, None
 
 
@@ -206,7 +223,8 @@ def by_oracle(layer, x, context):
 def program(row, apply=by_layer, gradient=True, **options):
   """`(layer, x, context) -> (y, losses, stats, gradients)`, compiled once for all properties of a row.
 
-  Gradients are those of a fixed random projection of y plus all losses, by the parameters and by x.
+  Gradients are those of a fixed random projection of y, by the parameters and by x. The oracle is not one program: its
+  parts are.
   """
   graph = nnx.split(make_layer(row, **options), nnx.Param, ...)[0]
 
@@ -222,7 +240,8 @@ def program(row, apply=by_layer, gradient=True, **options):
     out, gradients = jax.grad(scalar, (0, 1), has_aux=True)(params, x, rest, context)[::-1]
     return *out, (nnx.to_pure_dict(gradients[0]), gradients[1])
 
-  compiled = jax.jit(both if gradient else forward)
+  run = both if gradient else forward
+  compiled = run if apply is by_oracle else jax.jit(run)
 
   def call(layer, x, context):
     _, params, rest = nnx.split(layer, nnx.Param, ...)
@@ -280,8 +299,8 @@ def promised_outputs(row):
 
 @functools.cache
 def plan_of(row):
-  """What the router makes of the usual tokens, operation by operation."""
-  return unchanged_layer(row).router(tokens(), context())
+  """What the router makes of the usual tokens."""
+  return route(*nnx.split(unchanged_layer(row).router), tokens(), context())[1]
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from moejax.moe.exchange import EXCHANGES, make_exchange, single
 from moejax.moe.experts import Experts
 from moejax.moe.zero_computation import rows_of_bank
 from tests import router_table as table
+from tests.thorough import and_thorough, unless
 
 B, S, D, E, F, V = 8, 6, 8, 8, 4, 16
 T = B * S
@@ -50,12 +51,16 @@ CASES = {
   'sparse_fsdp': ('sparse_fsdp', {'capacity_factor': 0, 'hot': 1}),
 }
 MESHES = {  # data, fsdp, expert, tensor
-  '1': (1, 1, 1, 1),
   '2x2x2': (2, 2, 2, 1),
   '8': (1, 1, 8, 1),
-  '4x2': (4, 1, 2, 1),
   'tensor': (1, 2, 2, 2),
+  '1': (1, 1, 1, 1),
+  '4x2': (4, 1, 2, 1),
 }
+USUAL, MORE = tuple(MESHES)[:3], tuple(MESHES)[3:]
+"""Meshes of the default suite and of the thorough tests."""
+ALIKE = set(table.SCORERS) - {'m3vit', 'rmoe', 'spatial'}
+"""Routers that are others with logits of their own: layers of three of them are enough for the default suite."""
 KINDS = {'tokens': T, 'sequences': B, 'pairs': B // 2, 'batch': 1, 'slots': 0}  # their groups
 KIND_OF = {  # of rows that are not those of one token after another
   'expert_choice': 'sequences',
@@ -215,11 +220,11 @@ def test_the_table_has_every_exchange_and_every_router():
     groups = {0 if isinstance(plan, SoftPlan) else plan.groups for plan in plans(row).values()}
     assert groups == {KINDS[kind_of(row)]}, row
   for case, kind in itertools.product(CASES, KINDS):
-    assert any(covered(case, mesh, kind, full=False) for mesh in MESHES)
+    assert any(covered(case, mesh, kind, full=False) for mesh in USUAL)
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('mesh', and_thorough(USUAL, MORE))
 @pytest.mark.parametrize('case', CASES)
 def test_every_router_goes_every_way(case, mesh, wanted, pytestconfig):
   """Outputs, and gradients by inputs, combine weights and experts, to 1e-12; loads even and skewed."""
@@ -318,8 +323,11 @@ def layer_cases(full):
 
 def pytest_generate_tests(metafunc):
   if 'layer_case' in metafunc.fixturenames:
-    cases = list(layer_cases(metafunc.config.getoption('--full-matrix')))
-    metafunc.parametrize('layer_case', cases, ids=['-'.join(case) for case in cases])
+    cases = [
+      pytest.param(case, marks=unless(case[0] not in ALIKE), id='-'.join(case))
+      for case in layer_cases(metafunc.config.getoption('--full-matrix'))
+    ]
+    metafunc.parametrize('layer_case', cases)
 
 
 @pytest.mark.usefixtures('x64')

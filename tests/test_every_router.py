@@ -19,6 +19,7 @@ from tests.router_table import (
   ONE_OF_EACH,
   ROWS,
   SCORERS,
+  USUAL,
   B,
   D,
   E,
@@ -37,15 +38,22 @@ from tests.router_table import (
   promise_program,
   promised_outputs,
   rotated,
+  route,
   rows_program,
   through,
   tokens,
   unchanged_layer,
   widen,
 )
+from tests.thorough import unless
 
 
-@pytest.fixture(params=list(ROWS), scope='module')
+def rows(names):
+  """Parameters; those of further options are among the thorough tests."""
+  return [pytest.param(name, marks=unless(name in USUAL)) for name in names]
+
+
+@pytest.fixture(params=rows(ROWS), scope='module')
 def row(request):
   """A row of the table. All its properties are tested before the next row's.
 
@@ -69,6 +77,7 @@ def row(request):
 
 def test_the_table_has_every_router_and_weighting():
   assert {row['name'] for row in ROWS.values()} == set(ROUTERS) == set(moejax.router_names())
+  assert {ROWS[row]['name'] for row in USUAL} == set(ROUTERS)
   assert {row.get('weighting') for row in ROWS.values()} >= set(WEIGHTINGS)
 
 
@@ -99,7 +108,7 @@ SLOTS = (*(row for row in ROWS if ROWS[row]['name'] == 'soft'), 'mixture_of_toke
 """Rows whose slots no dispatch sees."""
 
 
-@pytest.mark.parametrize('row', [row for row in ROWS if row not in SLOTS])
+@pytest.mark.parametrize('row', rows(row for row in ROWS if row not in SLOTS))
 def test_every_dispatch_is_the_fused_one(row):
   """In value and gradient, by all that a dispatch sees of the router, which is its rows."""
   layer, x = unchanged_layer(row), tokens().reshape(-1, D)
@@ -186,7 +195,7 @@ def test_padding_is_invisible_whatever_it_holds(row):
   assert float(stats.prob_e.sum()) == pytest.approx(S + 3, rel=1e-5)
 
 
-@pytest.mark.parametrize('row', ['top_k', *(row for row in ONE_OF_EACH if row not in SCORERS)])
+@pytest.mark.parametrize('row', [row for row in ONE_OF_EACH if row not in SCORERS])
 def test_decoding_one_token_at_a_time_is_one_pass_where_the_flag_says_so(row):
   """Every token as a sequence of its own, with its own part of the context, gets the same experts and weights."""
   layer, x = make_layer(row), tokens()
@@ -207,10 +216,9 @@ def test_decoding_one_token_at_a_time_is_one_pass_where_the_flag_says_so(row):
       flags.needs_past
     )
     return
-  graph, state = nnx.split(layer.router)
-  route = jax.jit(lambda state, x, context: nnx.merge(graph, state)(x, context))
-  one_pass = combine_weights(route(state, x, context_of_all))
-  one_by_one = combine_weights(route(state, x.reshape(-1, 1, D), apart))
+  router = nnx.split(layer.router)
+  one_pass = combine_weights(route(*router, x, context_of_all)[1])
+  one_by_one = combine_weights(route(*router, x.reshape(-1, 1, D), apart)[1])
   np.testing.assert_allclose(one_by_one, one_pass, atol=1e-5)
 
 
@@ -391,7 +399,7 @@ def test_of_equal_scores_the_lowest_index_is_chosen(row, life):
     check_first(own, np.flatnonzero(sees_te[t]))
 
 
-@pytest.mark.parametrize('row', [row for row in ROWS if 'capacity_factor' in ROWS[row]])
+@pytest.mark.parametrize('row', rows(row for row in ROWS if 'capacity_factor' in ROWS[row]))
 def test_where_there_is_no_room_for_all_of_equal_scores_the_first_tokens_have_it(row):
   name, options = ROWS[row]['name'], ROWS[row]
   if name in (*UNTIED, *EXPERTS_CHOOSE) or options.get('priority') == 'random':

@@ -19,6 +19,7 @@ from experiments.checkpoint import Checkpoints
 from experiments.errors import BadInput
 from experiments.log import read_lines
 from tests.conftest import ROOT, with_test_flags
+from tests.thorough import and_thorough
 
 SECONDS = 240  # for what takes ten on a free machine
 SMALL = [
@@ -224,7 +225,7 @@ def test_two_processes_are_one_process(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('killed', [0, 1], ids=['the first', 'another'])
+@pytest.mark.parametrize('killed', and_thorough([0], [1]), ids=['the first', 'another'])
 def test_when_a_process_is_killed_the_other_says_so_and_ends(run, tmp_path, killed):
   """Nothing hangs, and the code tells a launcher to start all of them again."""
   processes = run.together(f'--workdir={tmp_path}', '--config.steps=100000')

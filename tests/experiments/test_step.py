@@ -25,6 +25,7 @@ from moejax.mesh.make import BATCH_AXES, make_mesh
 from moejax.moe.exchange import AllGather, single
 from moejax.moe.losses import LOSSES
 from moejax.transformer import Decoder, ViT
+from tests.thorough import and_thorough
 
 B, S, V = 32, 8, 16
 ROUTER = {'name': 'group_limited', 'k': 2, 'groups': 2, 'limit': 2, 'weighting': 'sigmoid_norm'}
@@ -112,7 +113,7 @@ def one_step():
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('microbatches', [4, 8])
+@pytest.mark.parametrize('microbatches', and_thorough([4], [8]))
 def test_accumulation_changes_neither_the_loss_nor_any_auxiliary_gradient(one_step, microbatches):
   """1 x 32 = 4 x 8 = 8 x 4: gradients (the parameters after SGD), biases and every metric."""
   before, want, want_metrics = one_step
@@ -136,7 +137,7 @@ def test_the_mean_of_microbatch_losses_would_be_another_gradient(one_step):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 1, 4), (1, 2, 2, 2)])
+@pytest.mark.parametrize('sizes', and_thorough([(2, 1, 4), (1, 2, 2, 2)], [(8, 1, 1)]), ids=str)
 def test_a_mesh_changes_nothing(one_step, sizes):
   mesh = make_mesh(*sizes, devices=jax.devices())
   state, step, place = make64(mesh)
@@ -267,9 +268,10 @@ FULL = {
   'slots': {'name': 'soft'},
   'slots across images': {'name': 'mixture_of_tokens', 'group_size': 2},
 }
+USUAL = ('batch priority', 'experts choose', 'slots across images')
 
 
-@pytest.mark.parametrize('case', FULL)
+@pytest.mark.parametrize('case', and_thorough(USUAL, [case for case in FULL if case not in USUAL]))
 def test_images_that_fill_the_last_batch_take_no_place_and_are_not_counted(case):
   """Two images and two that fill the batch, against the two alone with as many places of an expert."""
   router = FULL[case]

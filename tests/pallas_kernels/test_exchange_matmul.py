@@ -16,9 +16,18 @@ from pallas_kernels.segments import CHUNK
 from pallas_kernels.tpu_tiles import Tiles
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.products import distance
+from tests.thorough import unless
 
 BODIES = ('tpu',)
 WIDTH, HIDDEN = 8, 12
+USUAL = (
+  'around the width of a copy',
+  'nothing',
+  'one device sends nothing',
+  'an expert is empty',
+  'skewed',
+)
+"""Cases of the default suite; the others are among the thorough tests."""
 
 
 def pytest_generate_tests(metafunc):
@@ -27,7 +36,9 @@ def pytest_generate_tests(metafunc):
     full = metafunc.config.getoption('--full-matrix')
     back = CASES if full else ('skewed', 'around the width of a copy')
     pairs = [*(('there', case) for case in CASES), *(('back', case) for case in back)]
-    metafunc.parametrize(('operation', 'case'), pairs)
+    usual = lambda operation, case: operation == 'back' or case in USUAL
+    params = [pytest.param(*pair, marks=unless(usual(*pair))) for pair in pairs]
+    metafunc.parametrize(('operation', 'case'), params)
 
 
 def segments(sizes):

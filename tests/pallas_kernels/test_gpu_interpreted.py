@@ -26,6 +26,7 @@ from pallas_kernels.hopper import store, target
 from pallas_kernels.routing.cases import PACK_CASES, TOP_K_CASES, PackCase, TopKCase
 from tests.pallas_kernels import products
 from tests.pallas_kernels.products import distance
+from tests.thorough import and_thorough
 
 # 2^-8: the rounding of a result to bfloat16. Of float16, 2^-11.
 ROUNDING = {'bfloat16': 2**-8, 'float16': 2**-11}
@@ -102,7 +103,8 @@ def pytest_generate_tests(metafunc):
     # of no rows there is nothing that a body could do: nobody calls one
     table = [(case, 'silu', True) for case in ffn_cases.CASES if case.num_choices]
     names = lambda layer: layer[0].name
-    metafunc.parametrize('layer', [*SMALL_LAYERS, *(table if full else [])], ids=names)
+    small = and_thorough(SMALL_LAYERS[:1], SMALL_LAYERS[1:])
+    metafunc.parametrize('layer', [*small, *(table if full else [])], ids=names)
 
 
 def choices(case: TopKCase):
