@@ -85,43 +85,26 @@ def test_the_router_of_the_readme_is_what_it_says(names):
 
 
 def test_the_property_table_takes_the_router_of_the_readme(tmp_path):
-  """In a process of its own, as a user runs it; a part of the table, and that a false flag fails."""
+  """In a process of its own, as a user runs it: a part of the table, in which the one false flag fails."""
   blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
   assert len([line for line in blocks[3].splitlines() if line.strip()]) < 40
   (tmp_path / 'my_router.py').write_text(
-    blocks[3] + '\n\ndef unsafe(*, d_model, num_experts, rngs):\n'
-    '  from moejax.routers import make_router\n'
-    '  made = make_router("image", d_model=d_model, num_experts=num_experts, rngs=rngs)\n'
-    '  made.flags = dataclasses.replace(made.flags, prefix_safe_eval=True)\n'
+    blocks[3] + '\n\ndef flagged_wrongly(**options):\n'
+    '  made = my_router(**options)\n'
+    '  made.flags = dataclasses.replace(made.flags, batch_free=False)\n'
     '  return made\n'
   )
-
-  def run(name, select):
-    tests = str(ROOT / 'tests')
-    command = [sys.executable, '-m', 'pytest', '-n', '0', '-q', '-p', 'no:cacheprovider']
-    command += [
-      '-c',
-      str(ROOT / 'setup.cfg'),
-      '--rootdir',
-      str(ROOT),
-      '--router',
-      name,
-      '-k',
-      select,
-      tests,
-    ]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(
-      command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout[-2000:]
-
-  code, out = run('my_router:my_router', 'padding or contract or one_pass')
-  assert code == 0, out
-  assert '3 passed' in out
-  code, out = run('my_router:unsafe', 'later and eval')
-  assert code == 1, out
-  assert '1 failed' in out
+  command = [sys.executable, '-m', 'pytest', '-n', '0', '-q', '-p', 'no:cacheprovider']
+  command += ['-c', str(ROOT / 'setup.cfg'), '--rootdir', str(ROOT)]
+  command += ['--router', 'my_router:flagged_wrongly', str(ROOT / 'tests')]
+  command += ['-k', 'padding or contract or one_pass or other_sequences']
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(
+    command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 1, done.stdout[-2000:]
+  assert '1 failed, 3 passed' in done.stdout
+  assert 'test_other_sequences_change_outputs_only_where_the_flag_says_so' in done.stdout
 
 
 def test_every_path_exists():
