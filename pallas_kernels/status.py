@@ -15,7 +15,7 @@ PROOFS = {
   'tested': 'run on its platform by the tests, in value and (but for weights of eight bits) gradient, on every case',
   'interpreted': (
     "run by the platform's interpreter on a CPU, in value and (but for weights of eight bits) gradient, on every case "
-    '(those of GPUs by default smaller ones, with `pytest --full-matrix` all)'
+    '(some of them with `pytest -m thorough`; those of GPUs are smaller ones, with `pytest --full-matrix` all)'
   ),
   'simulated': (
     'run by that interpreter in the same way, with operations of its own for those of the chip that it does not know '
