@@ -48,9 +48,15 @@ from tests.router_table import (
 from tests.thorough import unless
 
 
-def rows(names):
+def rows(names, usual=USUAL):
   """Parameters; those of further options are among the thorough tests."""
-  return [pytest.param(name, marks=unless(name in USUAL)) for name in names]
+  return [pytest.param(name, marks=unless(name in usual)) for name in names]
+
+
+of_own_decisions = pytest.mark.parametrize(
+  'row', rows(ROWS, set(USUAL) - set(SCORERS)), indirect=True, scope='module'
+)
+"""As `row`, with the routers that only have other logits among the thorough tests too."""
 
 
 @pytest.fixture(params=rows(ROWS), scope='module')
@@ -93,6 +99,7 @@ def test_value_and_gradient_are_the_oracles_in_float32(row):
   assert far > 1e-2 * jnp.abs(want).max()
 
 
+@of_own_decisions
 @pytest.mark.usefixtures('x64')
 def test_value_and_gradient_are_the_oracles_in_float64(row):
   """A step that is computed in float32 shows here. No mask: that is not the program of the other tests."""
@@ -129,6 +136,7 @@ def test_a_layer_with_any_dispatch_is_the_one_with_the_fused(row, dispatch):
   check_close(got, program(row)(layer, x, context()), 1e-5)
 
 
+@of_own_decisions
 def test_jit_is_eager(row):
   layer, x = make_layer(row), tokens()
   check_close(program(row)(layer, x, context())[:3], by_layer(layer, x, context()), 1e-5)
@@ -297,6 +305,7 @@ def test_a_plan_keeps_its_own_contract(row):
   assert len(set(kept.tolist())) == len(kept)  # no token twice at one expert
 
 
+@of_own_decisions
 def test_narrow_activations_do_not_narrow_the_router(row):
   """bfloat16 inputs choose what the same numbers in float32 choose; weights and losses stay float32."""
   layer, x = make_layer(row, dtype=jnp.bfloat16), tokens().astype(jnp.bfloat16)

@@ -8,6 +8,11 @@ def unless(usual: bool):
   return () if usual else pytest.mark.thorough
 
 
+def thorough(*values):
+  """Values of parameters, among the thorough tests."""
+  return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 def and_thorough(usual, more):
   """Parameters: the `usual` ones in the default suite, then `more` among the thorough tests."""
-  return [*usual, *(pytest.param(case, marks=pytest.mark.thorough) for case in more)]
+  return [*usual, *map(thorough, more)]

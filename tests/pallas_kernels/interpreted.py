@@ -2,9 +2,13 @@
 
 import contextlib
 import importlib
+import itertools
 from unittest import mock
 
+import pytest
+
 from pallas_kernels import chips
+from tests.thorough import unless
 
 
 @contextlib.contextmanager
@@ -40,6 +44,16 @@ def races_raise():
         raise RuntimeError('the interpreter found a race')
 
   return mock.patch.object(module, 'RaceDetectionState', Strict)
+
+
+def cases_of_bodies(cases, bodies, usual):
+  """Parameters (case, body): the TPU's body, which is interpreted, has in the default suite the `usual` cases alone."""
+  return [
+    pytest.param(
+      case, body, marks=unless(body != 'tpu' or case.name in usual), id=f'{case.name}-{body}'
+    )
+    for body, case in itertools.product(bodies, cases)
+  ]
 
 
 def parametrize_cases(metafunc, every, chosen):

@@ -16,7 +16,7 @@ from pallas_kernels.segments import CHUNK
 from pallas_kernels.tpu_tiles import Tiles
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.products import distance
-from tests.thorough import unless
+from tests.thorough import and_thorough, thorough, unless
 
 BODIES = ('tpu',)
 WIDTH, HIDDEN = 8, 12
@@ -169,7 +169,7 @@ def _tiled(monkeypatch, rows, columns=None):
 
 @pytest.mark.parametrize(
   ('operation', 'case', 'rows', 'transpose_rhs'),
-  [('there', 'skewed', 32, True), ('back', 'all to one expert', 256, False)],
+  [('there', 'skewed', 32, True), thorough('back', 'all to one expert', 256, False)],
 )
 def test_an_expert_of_several_tiles(case, rows, transpose_rhs, operation, make_mesh, monkeypatch):
   """Two tiles of columns; tiles of 32 rows, of which an expert has many, and of 256, of which parts are computed."""
@@ -181,7 +181,7 @@ def test_an_expert_of_several_tiles(case, rows, transpose_rhs, operation, make_m
   assert_close(found, by_hand(sizes, **made), 5e-6)
 
 
-@pytest.mark.parametrize('operation', ('there', 'back'))
+@pytest.mark.parametrize('operation', and_thorough(['there'], ['back']))
 def test_sixteen_bits_are_multiplied_as_they_are(operation, make_mesh):
   """Of inputs that bfloat16 holds exactly; results and gradients are rounded once."""
   sizes = CASES['around the width of a copy']

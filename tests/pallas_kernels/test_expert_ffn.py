@@ -1,7 +1,6 @@
 """Every body of expert_ffn in value and gradient against the dense reference, on every named case."""
 
 import functools
-import itertools
 import types
 
 import jax
@@ -13,8 +12,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Unsupported, expert_ffn
 from pallas_kernels.expert_ffn.cases import CASES
 from pallas_kernels.registry import accumulator
-from tests.pallas_kernels.interpreted import interpreted, parametrize_cases
-from tests.thorough import unless
+from tests.pallas_kernels.interpreted import cases_of_bodies, interpreted, parametrize_cases
 
 BODIES = ('blocks', 'cpu', 'tpu')
 ON_A_CPU = ('blocks', 'cpu')
@@ -88,20 +86,10 @@ def assert_equal(found, wanted, tolerance):
   assert max(far.values()) < tolerance, far
 
 
-def of_every_case():
-  """Bodies x cases; those that are interpreted go through some of them in the default suite."""
-  usual = (
-    'uneven, some dropped',
-    'around the block width',
-    'one choice',
-    'fewer rows than experts',
-  )
-  for implementation, case in itertools.product(BODIES, CASES):
-    marks = unless(implementation in ON_A_CPU or case.name in usual)
-    yield pytest.param(case, implementation, marks=marks, id=f'{case.name}-{implementation}')
+USUAL = ('uneven, some dropped', 'around the block width', 'one choice', 'fewer rows than experts')
 
 
-@pytest.mark.parametrize(('case', 'implementation'), list(of_every_case()))
+@pytest.mark.parametrize(('case', 'implementation'), cases_of_bodies(CASES, BODIES, USUAL))
 @pytest.mark.parametrize('dtype', TOLERANCE)
 def test_value_and_gradient_equal_the_reference(case, implementation, dtype):
   if (implementation, dtype) == ('tpu', 'float64') and case.num_choices:

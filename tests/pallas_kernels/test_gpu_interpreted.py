@@ -98,7 +98,8 @@ def pytest_generate_tests(metafunc):
       Small(case, options=options[i % 2], blocks=2) for i, case in enumerate(CASES) if case.num_rows
     ]
     names = lambda small: small.case.name
-    metafunc.parametrize('small', [*SMALL, *(table if full else [])], ids=names)
+    small = and_thorough(SMALL[:3], SMALL[3:])
+    metafunc.parametrize('small', [*small, *(table if full else [])], ids=names)
   if 'layer' in metafunc.fixturenames:
     # of no rows there is nothing that a body could do: nobody calls one
     table = [(case, 'silu', True) for case in ffn_cases.CASES if case.num_choices]

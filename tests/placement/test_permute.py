@@ -9,6 +9,7 @@ from moejax.placement.routing_trace import routing_trace
 from moejax.transformer import Decoder
 
 E, K, L = 6, 2, 4
+trace = nnx.jit(routing_trace)
 
 
 def decoder(router=None, **options):
@@ -22,7 +23,7 @@ def traced():
   """A model, tokens, and what its routers chose."""
   model = decoder()
   tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 20)
-  return model, tokens, choices_of(routing_trace(model, tokens))
+  return model, tokens, choices_of(trace(model, tokens))
 
 
 def test_permuted_experts_compute_the_same_function(traced, rng):
@@ -34,7 +35,7 @@ def test_permuted_experts_compute_the_same_function(traced, rng):
   moved.stack = permute_experts(model.stack, order)
   np.testing.assert_allclose(run(moved), before, atol=1e-5)
   # what was expert order[l, e] now stands at place e, and rows follow
-  again = choices_of(routing_trace(moved, tokens))
+  again = choices_of(trace(moved, tokens))
   place = np.argsort(order, axis=1)
   for layer in range(3):
     np.testing.assert_array_equal(again[:, layer], place[layer][choices[:, layer]])
@@ -95,6 +96,6 @@ def test_a_trace_of_another_kind_is_refused(traced):
     choices_of([])
   expert_choice = decoder({'name': 'expert_choice', 'capacity_factor': 1.0})
   with pytest.raises(ValueError, match='not token-major'):
-    choices_of(routing_trace(expert_choice, tokens))
+    choices_of(trace(expert_choice, tokens))
   with pytest.raises(ValueError, match='one layer has no transitions'):
     transitions(np.zeros((4, 1, 2), int), E)

@@ -16,6 +16,7 @@ from moejax.routers import make_shared
 from moejax.routers.rmoe import gru
 from moejax.transformer import FFN, Attention, Block, Decoder, Depth, Stack
 from moejax.transformer.stack import context_of
+from tests.thorough import and_thorough
 
 D, E = 8, 3
 CASES = {  # router, momentum, layers ('d' without a mixture), remat
@@ -52,7 +53,7 @@ def one_by_one(stack, x, context):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', and_thorough(['rmoe', 'gating_residual'], ['pre_gated']))
 def test_a_stack_carries_the_state_as_a_loop_over_its_layers_does(name, rng):
   """In value and in gradient, across segments, over layers without a mixture, and computed again in the backward."""
   x = jnp.asarray(rng.normal(size=(2, 4, D)))

@@ -29,6 +29,7 @@ from experiments.settings import Settings
 from moejax.mesh.make import make_mesh
 from moejax.mesh.traffic import collectives
 from tests.compilers import libtpu
+from tests.thorough import thorough
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
@@ -178,8 +179,8 @@ def test_on_emulated_devices_too_tokens_and_experts_travel_as_predicted(emulated
   [
     ('all_to_all', 2, 4, {'model.attention': 'experts', 'model.qk_norm': False}, {}),
     ('bilevel', 1, 8, {}, {'nodes': 2, 'capacity_factor': 1.25}),
-    ('sparse_fsdp', 2, 4, {}, {'hot': 2, 'capacity_factor': 1.25}),
-    ('local', 2, 4, {}, {}),
+    thorough('sparse_fsdp', 2, 4, {}, {'hot': 2, 'capacity_factor': 1.25}),
+    thorough('local', 2, 4, {}, {}),
   ],
 )
 def test_every_exchange_sends_what_is_predicted(exchange, fsdp, expert, changes, options):
