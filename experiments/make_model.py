@@ -90,7 +90,11 @@ def compute_dtype(settings: Settings, mesh: Mesh) -> Any:
   """'auto' is float32 on CPU and bfloat16 on accelerators."""
   if settings.model.dtype != 'auto':
     return jnp.dtype(settings.model.dtype)
-  return jnp.float32 if mesh.devices.flat[0].platform == 'cpu' else jnp.bfloat16
+  return jnp.float32 if _on_cpu(mesh) else jnp.bfloat16
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+  return bool(mesh.devices.flat[0].platform == 'cpu')
 
 
 def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx.Rngs], nnx.Module]:
@@ -126,6 +130,8 @@ def model_maker(settings: Settings, stream: Stream, mesh: Mesh) -> Callable[[nnx
     'head_dim': model.head_dim,
     'tie_embeddings': model.tie_embeddings,
   }
+  if _on_cpu(mesh) and model.kind == 'decoder' and model.attention == 'grouped':
+    shared['attention'] = 'pieces'  # not measured elsewhere
   kind = Decoder if model.kind == 'decoder' else Encoder
   rows = vocab_size(settings, stream)
   return lambda rngs: kind(rows, **shared, rngs=rngs)

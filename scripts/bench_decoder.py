@@ -77,4 +77,5 @@ def our_model(rngs):
   moe = lambda rngs: MoE(WIDTH, HIDDEN, EXPERTS, router, losses={}, rngs=rngs)
   layers = tuple(range(LAYERS))
   options = dict(qk_norm=True, tie_embeddings=False, moe=moe, moe_layers=layers, unroll=LAYERS)
-  return Decoder(VOCABULARY, WIDTH, LAYERS, HEADS, HIDDEN, **options, rngs=rngs)
+  sizes = (VOCABULARY, WIDTH, LAYERS, HEADS, HIDDEN)
+  return Decoder(*sizes, **options, attention='pieces', rngs=rngs)

@@ -15,6 +15,10 @@ from moejax.transformer.linear import Init, Linear, RMSNorm, fan_in_init, master
 from moejax.transformer.relative import RelativeBias
 from moejax.transformer.rotary import rotate
 
+Implementation = Literal['cudnn', 'pieces']
+# Queries of a piece are at least so many, and a sequence has at most so many pieces: all are traced.
+PIECE, PIECES = 128, 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +61,19 @@ def attend(
   *,
   causal: bool,
   bias: Float[Array, 'N S S'] | None = None,
-  implementation: Literal['cudnn'] | None = None,
+  implementation: Implementation | None = None,
 ) -> Float[Array, 'B S N H_v']:
   """Softmax attention; query head n reads key and value head n // (N / M). The softmax is float32 or wider.
 
   `bias` is added to the scores of every query (second axis) and key (third), after their division by the root of H.
-  `implementation='cudnn'` asks for cuDNN's flash attention (NVIDIA, 16-bit inputs) and never falls back.
-  Without it the formula is written out here and not left to `jax.nn.dot_product_attention`, whose softmax
-  is float32 even of float64 inputs, and whose gradient of bfloat16 fails under strict dtype promotion.
+  `implementation='cudnn'` asks for cuDNN's flash attention (NVIDIA, 16-bit inputs) and never falls back. 'pieces'
+  leaves out most of what causality hides (`in_pieces`); without causality it is as None. Both write the formula out and
+  do not leave it to `jax.nn.dot_product_attention`, whose softmax is float32 even of float64 inputs, and whose gradient
+  of bfloat16 fails under strict dtype promotion.
   """
-  if implementation is None:
+  if implementation == 'pieces' and causal:
+    y = in_pieces(q, k, v, visible, bias)
+  elif implementation != 'cudnn':
     y = softmax_attention(q, k, v, visible, bias, causal=causal)
   else:
     mask = None if visible is None else visible.keys[:, None, :, :]  # [B, 1, S, S]
@@ -77,24 +84,45 @@ def attend(
   return y if visible is None else jnp.where(visible.rows[:, :, None, None], y, jnp.zeros_like(y))
 
 
+def in_pieces(q, k, v, visible, bias=None):
+  """As `softmax_attention`, causal: queries in pieces, each on the keys up to its last.
+
+  p pieces have (p + 1) / 2p of the products. A sequence of `PIECE` tokens or fewer is one.
+  """
+  s = q.shape[1]
+  size = PIECE * -(-s // (PIECE * PIECES))
+  parts = []
+  for first in range(0, s, size):
+    end = min(first + size, s)
+    some = visible and Visible(visible.keys[:, first:end, :end], visible.rows[:, first:end])
+    added = None if bias is None else bias[:, first:end, :end]
+    heads = q[:, first:end], k[:, :end], v[:, :end]
+    parts.append(softmax_attention(*heads, some, added, causal=True))
+  return jnp.concatenate(parts, axis=1)
+
+
 def softmax_attention(q, k, v, visible, bias=None, *, causal):
-  """As `attend`, but for rows that may attend to nothing: these average over all values."""
+  """As `attend`, but for rows that may attend to nothing: these average over all values.
+
+  Queries may be fewer than keys; then they are the last ones.
+  """
   b, s, n, h = q.shape
-  m = k.shape[2]
+  t, m = k.shape[1:3]
   wide = master_dtype(q.dtype)
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
   q = q.reshape(b, m, (n // m) * s, h)  # a key head's queries are rows of one matrix
   scores = jnp.einsum('bmqh,bmkh->bmqk', q, k, preferred_element_type=wide) / h**0.5
-  scores = scores.reshape(b, n, s, s)
+  scores = scores.reshape(b, n, s, t)
   if bias is not None:
     scores = scores + bias[None, :, :, :].astype(wide)
   if causal:
-    scores = jnp.where(jnp.tri(s, dtype=bool)[None, None, :, :], scores, jnp.finfo(wide).min)
+    earlier = jnp.tri(s, t, t - s, dtype=bool)
+    scores = jnp.where(earlier[None, None, :, :], scores, jnp.finfo(wide).min)
   if visible is not None:
     scores = jnp.where(visible.keys[:, None, :, :], scores, jnp.finfo(wide).min)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   total = weights.sum(axis=-1).reshape(b, m, -1, 1)
-  weights = weights.astype(v.dtype).reshape(b, m, -1, s)
+  weights = weights.astype(v.dtype).reshape(b, m, -1, t)
   # Divided here, not S times as often: the gradient has no sum over the weights either.
   y = jnp.matmul(weights, v, preferred_element_type=wide) / total  # [B, M, N / M * S, H]
   return y.astype(v.dtype).reshape(b, n, s, -1).transpose(0, 2, 1, 3)
@@ -123,7 +151,7 @@ class Attention(nnx.Module):
     qk_norm_scope: Literal['head', 'all'] = 'head',
     use_bias: bool = False,
     relative: bool = False,
-    implementation: Literal['cudnn'] | None = None,
+    implementation: Implementation | None = None,
     out_init: Init = fan_in_init,
     dtype=jnp.float32,
     rngs: nnx.Rngs,

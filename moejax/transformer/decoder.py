@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.arrays import Context, ModelStats
 from moejax.sizes import check_made_of
-from moejax.transformer.attention import Attention, Visible, visibility
+from moejax.transformer.attention import Attention, Implementation, Visible, visibility
 from moejax.transformer.block import Block
 from moejax.transformer.depth import Depth, SkippedBlock
 from moejax.transformer.ffn import FFN
@@ -48,7 +48,8 @@ class Decoder(nnx.Module):
     causal: False lets every position attend to every other (Encoder).
     remat: what the backward pass computes again, a key of stack.REMAT.
     unroll: layers of the loop that are compiled one after the other; more is faster on a CPU, to compile slower.
-    attention: None, or 'cudnn' for flash attention on an NVIDIA GPU in a 16-bit dtype.
+    attention: how it is computed: None, 'cudnn' for flash attention on an NVIDIA GPU in a 16-bit dtype, or 'pieces' of
+      causal queries, which is faster on CPUs (attention.py).
     dtype: of computations and of the residual stream; parameters and logits are float32 (or wider).
 
   Initialisation: matrices truncated normal with variance 1 / fan_in, those that write into the residual
@@ -85,7 +86,7 @@ class Decoder(nnx.Module):
     causal: bool = True,
     remat: str = 'none',
     unroll: int = 1,
-    attention: Literal['cudnn'] | None = None,
+    attention: Implementation | None = None,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,34 @@ def test_a_sequence_of_nothing_but_padding_has_zero_output_and_finite_gradients(
   assert total(q, k, v) == 0
   for gradient in jax.grad(total, argnums=(0, 1, 2))(q, k, v):
     np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
+
+
+@pytest.mark.parametrize('length', [128, 300, 1100])  # in 1, 3 and 5 pieces, the last not whole
+def test_pieces_give_what_all_scores_at_once_give_and_its_gradients(length, rng):
+  q, k, v = heads(rng, length, 4, 2)
+  segments = np.sort(rng.integers(0, 3, size=(2, length)), axis=1).astype(np.int32)
+  mask = rng.random((2, length)) < 0.9
+  mask[0, :3] = False
+  visible = visibility(jnp.asarray(segments), jnp.asarray(mask), causal=True)
+  bias = jnp.asarray(rng.normal(size=(4, length, length)).astype(np.float32))
+  weight = jnp.asarray(rng.normal(size=q.shape).astype(np.float32))
+
+  def run(implementation):
+    def total(q, k, v, bias):
+      y = attend(q, k, v, visible, causal=True, bias=bias, implementation=implementation)
+      return jnp.vdot(y, weight), y
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, bias)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run('pieces'), run(None))
+
+
+def test_eight_pieces_have_nine_sixteenths_of_the_work():
+  def flops(implementation):
+    run = functools.partial(attend, visible=None, causal=True, implementation=implementation)
+    return jax.jit(run).lower(*[jnp.zeros((1, 1024, 2, 64))] * 3).cost_analysis()['flops']
+
+  np.testing.assert_allclose(flops('pieces') / flops(None), 9 / 16, rtol=0.01)
 
 
 def test_grouped_query_attention_equals_multi_head_attention_with_repeated_heads(rng):
