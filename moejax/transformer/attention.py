@@ -15,7 +15,7 @@ from moejax.transformer.linear import Init, Linear, RMSNorm, fan_in_init, master
 from moejax.transformer.relative import RelativeBias
 from moejax.transformer.rotary import rotate
 
-Implementation = Literal['cudnn', 'pieces']
+IMPLEMENTATIONS = (None, 'cudnn', 'pieces')
 # Queries of a piece are at least so many, and a sequence has at most so many pieces: all are traced.
 PIECE, PIECES = 128, 8
 
@@ -61,7 +61,7 @@ def attend(
   *,
   causal: bool,
   bias: Float[Array, 'N S S'] | None = None,
-  implementation: Implementation | None = None,
+  implementation: str | None = None,
 ) -> Float[Array, 'B S N H_v']:
   """Softmax attention; query head n reads key and value head n // (N / M). The softmax is float32 or wider.
 
@@ -71,16 +71,16 @@ def attend(
   do not leave it to `jax.nn.dot_product_attention`, whose softmax is float32 even of float64 inputs, and whose gradient
   of bfloat16 fails under strict dtype promotion.
   """
-  if implementation == 'pieces' and causal:
-    y = in_pieces(q, k, v, visible, bias)
-  elif implementation != 'cudnn':
-    y = softmax_attention(q, k, v, visible, bias, causal=causal)
-  else:
+  if implementation == 'cudnn':
     mask = None if visible is None else visible.keys[:, None, :, :]  # [B, 1, S, S]
     added = None if bias is None else bias[None, :, :, :].astype(q.dtype)
     y = jax.nn.dot_product_attention(
-      q, k, v, bias=added, mask=mask, is_causal=causal, implementation=implementation
+      q, k, v, bias=added, mask=mask, is_causal=causal, implementation='cudnn'
     )
+  elif implementation == 'pieces' and causal:
+    y = in_pieces(q, k, v, visible, bias)
+  else:
+    y = softmax_attention(q, k, v, visible, bias, causal=causal)
   return y if visible is None else jnp.where(visible.rows[:, :, None, None], y, jnp.zeros_like(y))
 
 
@@ -136,7 +136,7 @@ class Attention(nnx.Module):
   `relative`: biases by distance (relative.py), in place of a rotation or beside it.
 
   Raises:
-    ValueError: if num_kv_heads does not divide num_heads.
+    ValueError: if num_kv_heads does not divide num_heads, or an unknown `implementation` (of `attend`).
   """
 
   def __init__(
@@ -151,7 +151,7 @@ class Attention(nnx.Module):
     qk_norm_scope: Literal['head', 'all'] = 'head',
     use_bias: bool = False,
     relative: bool = False,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     out_init: Init = fan_in_init,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
@@ -160,6 +160,8 @@ class Attention(nnx.Module):
     check_made_of(rngs, **sizes, head_dim=head_dim)
     if num_heads % num_kv_heads:
       raise ValueError(f'num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}')
+    if implementation not in IMPLEMENTATIONS:
+      raise ValueError(f"implementation={implementation!r} is not None, 'cudnn' or 'pieces'")
     self.head_dim, self.causal, self.implementation = head_dim, causal, implementation
     options = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
     self.query = Linear(d_model, num_heads * head_dim, **options)

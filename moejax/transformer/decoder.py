@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.arrays import Context, ModelStats
 from moejax.sizes import check_made_of
-from moejax.transformer.attention import Attention, Implementation, Visible, visibility
+from moejax.transformer.attention import Attention, Visible, visibility
 from moejax.transformer.block import Block
 from moejax.transformer.depth import Depth, SkippedBlock
 from moejax.transformer.ffn import FFN
@@ -86,7 +86,7 @@ class Decoder(nnx.Module):
     causal: bool = True,
     remat: str = 'none',
     unroll: int = 1,
-    attention: Implementation | None = None,
+    attention: str | None = None,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):

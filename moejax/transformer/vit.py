@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class ViT(nnx.Module):
     moe_shared: Callable[[nnx.Rngs], nnx.Module] | None = None,
     remat: str = 'none',
     unroll: int = 1,
-    attention: Literal['cudnn'] | None = None,
+    attention: str | None = None,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):

@@ -122,3 +122,8 @@ def test_query_and_key_norm_make_the_output_blind_to_their_size(rng):
 def test_heads_that_do_not_divide_are_refused():
   with pytest.raises(ValueError, match='num_kv_heads=3 does not divide num_heads=4'):
     Attention(16, 4, 3, 4, causal=True, rngs=nnx.Rngs(0))
+
+
+def test_an_unknown_implementation_is_refused():
+  with pytest.raises(ValueError, match="implementation='flash' is not None, 'cudnn' or 'pieces'"):
+    Attention(16, 4, 2, 4, causal=True, implementation='flash', rngs=nnx.Rngs(0))
