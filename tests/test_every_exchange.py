@@ -59,8 +59,8 @@ MESHES = {  # data, fsdp, expert, tensor
 }
 USUAL, MORE = tuple(MESHES)[:3], tuple(MESHES)[3:]
 """Meshes of the default suite and of the thorough tests."""
-ALIKE = set(table.SCORERS) - {'m3vit', 'rmoe', 'spatial'}
-"""Routers that are others with logits of their own: layers of three of them are enough for the default suite."""
+LAYERS = set(table.USUAL) - set(table.SCORERS) | {'m3vit', 'rmoe', 'spatial'}
+"""Rows whose layers are in the default suite: of routers that are others with logits of their own, three."""
 KINDS = {'tokens': T, 'sequences': B, 'pairs': B // 2, 'batch': 1, 'slots': 0}  # their groups
 KIND_OF = {  # of rows that are not those of one token after another
   'expert_choice': 'sequences',
@@ -324,7 +324,7 @@ def layer_cases(full):
 def pytest_generate_tests(metafunc):
   if 'layer_case' in metafunc.fixturenames:
     cases = [
-      pytest.param(case, marks=unless(case[0] not in ALIKE), id='-'.join(case))
+      pytest.param(case, marks=unless(case[0] in LAYERS), id='-'.join(case))
       for case in layer_cases(metafunc.config.getoption('--full-matrix'))
     ]
     metafunc.parametrize('layer_case', cases)
