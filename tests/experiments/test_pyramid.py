@@ -75,7 +75,8 @@ def test_runs_of_equal_layers_are_one_loop_each():
 
 
 def test_value_and_gradient_are_those_of_layers_one_by_one():
-  graph, state = nnx.split(model_maker(settings_of(), STREAM, one_device())(nnx.Rngs(0)))
+  maker = model_maker(settings_of(), STREAM, one_device())
+  graph, state = nnx.split(nnx.jit(lambda: maker(nnx.Rngs(0)))())
   tokens = batch()['tokens']
   target = jax.random.normal(jax.random.key(1), (B, S, V))
 

@@ -178,7 +178,7 @@ def test_on_emulated_devices_too_tokens_and_experts_travel_as_predicted(emulated
   ('exchange', 'fsdp', 'expert', 'changes', 'options'),
   [
     ('all_to_all', 2, 4, {'model.attention': 'experts', 'model.qk_norm': False}, {}),
-    ('bilevel', 1, 8, {}, {'nodes': 2, 'capacity_factor': 1.25}),
+    thorough('bilevel', 1, 8, {}, {'nodes': 2, 'capacity_factor': 1.25}),
     thorough('sparse_fsdp', 2, 4, {}, {'hot': 2, 'capacity_factor': 1.25}),
     thorough('local', 2, 4, {}, {}),
   ],
